@@ -1,0 +1,52 @@
+# make demo: a first look. make test: everything the project promises, checked.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PARAMS ?= params/digits.yaml
+
+.PHONY: help install conda demo test lab run bench readme notebooks clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## makes .venv with the pinned stack
+
+$(VENV)/installed: requirements.txt requirements-nodeps.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "expected Python 3.11 or newer; pass make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+conda:  ## completes an activated conda environment
+	python -m pip install --no-deps -r requirements-nodeps.txt
+	python -m pip install --no-deps -e .
+
+demo: install  ## the main job on the embedded digits: notebooks, figures, results table
+	$(BIN)/python -m advkip.run --force params/digits.yaml
+
+run: install  ## make run PARAMS=params/x.yaml
+	$(BIN)/python -m advkip.run $(PARAMS)
+
+lab: install  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+test: install  ## ruff, pytest, and the notebooks on their small defaults
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+
+bench: install  ## one outer step against the plain neural_tangents way
+	$(BIN)/python -m tests.bench
+
+readme: install  ## the README's results table from reports/
+	$(BIN)/python -m advkip.records README.md reports/*/results.json
+
+notebooks: install  ## notebooks/*.ipynb from notebooks/*.py
+	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb $$n; done
+
+clean:  ## removes .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

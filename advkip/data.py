@@ -1,0 +1,263 @@
+"""Data sets as arrays in [0, 1], and class-balanced draws that never overlap.
+
+A data set is found by name, first as `<name>.npz` in the given folder, else among the built-in
+ones: `digits` (scikit-learn, embedded) and `mnist`, `fashion_mnist`, `cifar10` (torchvision,
+downloaded once into a cache folder). A .npz file holds x_train, y_train, x_test, y_test;
+images (N, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or float in [0, 1]; integer labels
+(N,) from 0, or label vectors (N, classes) such as a distilled set's. Pickles are never loaded.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+CACHE = Path("~/.cache/advkip")
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+STREAMS = {"validation": 1, "support": 2, "test": 3, "target": 4}
+
+
+class Dataset(NamedTuple):
+    """Images (N, H, W, C), uint8 or float in [0, 1]; integer labels (N,)."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    n_classes: int
+
+
+class Splits(NamedTuple):
+    """What an experiment sees. Images float in [0, 1], NHWC; integer labels (N,).
+
+    Support, pool and validation come from the training data: the support is a part of the
+    pool (target batches are drawn from all of it), and validation overlaps with neither.
+    """
+
+    x_support: np.ndarray
+    y_support: np.ndarray
+    x_pool: np.ndarray
+    y_pool: np.ndarray
+    x_validation: np.ndarray
+    y_validation: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+    n_classes: int
+
+
+def load(name, folder=""):
+    """A data set by name.
+
+    Args:
+      name: a built-in name, or that of a file <name>.npz.
+      folder: where .npz files are looked for; "" means the environment variable ADVKIP_DATA.
+
+    Returns:
+      A `Dataset`.
+
+    Raises:
+      FileNotFoundError: neither a built-in name nor a file; or the folder does not exist.
+      ValueError: a file with wrong keys, shapes, dtypes, ranges or labels.
+      ConnectionError: a download failed.
+    """
+    folder = folder or os.environ.get("ADVKIP_DATA", "")
+    if folder:
+        path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"expected data_dir to be a folder, got {folder}; pass the folder that holds "
+                f"{name}.npz, or leave data_dir and ADVKIP_DATA empty for the built-in data sets"
+            )
+        if (path / f"{name}.npz").exists():
+            return from_npz(path / f"{name}.npz")
+    if name == "digits":
+        return _digits()
+    if name in TORCHVISION:
+        return _torchvision(name)
+    raise FileNotFoundError(
+        f"expected a data set in {['digits', *TORCHVISION]} or a file {name}.npz, got {name!r} "
+        f"and folder {folder or '(none)'}; pass data_dir or set ADVKIP_DATA to the file's folder"
+    )
+
+
+def from_npz(path):
+    """A data set from a .npz file, checked; see the module's text for its keys.
+
+    Distilled sets (`distill.save`) have label vectors; their classes are the largest entries.
+
+    Raises:
+      ValueError: what is wrong with the file, and what was expected.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file.files]
+            if missing:
+                raise ValueError(f"expected keys {list(KEYS)}, got {file.files} without {missing}")
+            arrays = {key: file[key] for key in KEYS}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path}: {error}; pass a .npz written by numpy.savez, with plain "
+            "arrays and no Python objects"
+        ) from None
+    try:
+        x_train, y_train = _checked(arrays["x_train"], arrays["y_train"], "train")
+        x_test, y_test = _checked(arrays["x_test"], arrays["y_test"], "test")
+        if x_train.shape[1:] != x_test.shape[1:]:
+            raise ValueError(
+                f"expected train and test images of one shape, got {x_train.shape[1:]} and "
+                f"{x_test.shape[1:]}; pass images of one size"
+            )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    n_classes = int(max(y_train.max(), y_test.max())) + 1
+    if n_classes < 2:
+        raise ValueError(f"{path}: expected two classes or more, got one; pass labels from 0")
+    return Dataset(x_train, y_train, x_test, y_test, n_classes)
+
+
+def _checked(x, y, part):
+    """Images as (N, H, W, C) and integer labels (N,), or a ValueError."""
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
+        raise ValueError(
+            f"expected x_{part} of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {x.shape}; "
+            "pass images with the channels last"
+        )
+    if x.dtype != np.uint8:
+        if not np.issubdtype(x.dtype, np.floating):
+            raise ValueError(
+                f"expected x_{part} as uint8 or float, got {x.dtype}; pass x.astype('uint8')"
+            )
+        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+            raise ValueError(
+                f"expected float x_{part} in [0, 1], got [{np.min(x):.4g}, {np.max(x):.4g}]; "
+                "pass pixels divided by 255 (not standardised), or as uint8"
+            )
+    if y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating):
+        y = y.argmax(1)
+    y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(
+            f"expected y_{part} to be {len(x)} integers, got shape {y.shape} of {y.dtype}; "
+            "pass one label an image"
+        )
+    if y.min() < 0:
+        raise ValueError(f"expected labels y_{part} from 0, got {y.min()}; pass 0, 1, ..., C - 1")
+    return x, y.astype(np.int64)
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    # The last 360 were written by other people than the first: an honest test set.
+    return Dataset(x[:-360], y[:-360], x[-360:], y[-360:], 10)
+
+
+def _torchvision(name):
+    from torchvision import datasets
+
+    root = CACHE.expanduser()
+    try:
+        train, test = (
+            getattr(datasets, TORCHVISION[name])(root, train=train, download=True)
+            for train in (True, False)
+        )
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"expected to download {name} into {CACHE}, got {error}; pass data_dir or set "
+            f"ADVKIP_DATA to a folder with {name}.npz (keys {', '.join(KEYS)}) to do without"
+        ) from error
+    parts = [(np.asarray(d.data), np.asarray(d.targets)) for d in (train, test)]
+    (x_train, y_train), (x_test, y_test) = (_checked(x, y, name) for x, y in parts)
+    return Dataset(x_train, y_train, x_test, y_test, 10)
+
+
+def to_float(x, dtype="float32"):
+    """uint8 or float images to floats in [0, 1]."""
+    return x.astype(dtype) / 255 if x.dtype == np.uint8 else x.astype(dtype)
+
+
+def one_hot(y, n_classes, *, center=False, dtype="float32"):
+    """One-hot labels, shape (N, C); with `center`, minus 1/C so that each row sums to 0."""
+    labels = np.eye(n_classes, dtype=dtype)[y]
+    return labels - labels.dtype.type(1 / n_classes) if center else labels
+
+
+def draw_balanced(y, n, *, n_classes, generator):
+    """Indices of `n` labels, as equally many of each class as possible, in random order.
+
+    Args:
+      y: integer labels, shape (N,).
+      n: how many; the first n % n_classes classes get one more.
+      generator: a NumPy generator.
+
+    Raises:
+      ValueError: a class has too few.
+    """
+    counts = np.full(n_classes, n // n_classes) + (np.arange(n_classes) < n % n_classes)
+    have = np.bincount(y, minlength=n_classes)
+    if (have < counts).any():
+        label = int((have < counts).argmax())
+        raise ValueError(
+            f"expected {counts[label]} images of class {label} for a balanced draw of {n}, got "
+            f"{have[label]}; pass a smaller number (at most {int(have.min()) * n_classes})"
+        )
+    chosen = [
+        generator.choice(np.flatnonzero(y == label), count, replace=False)
+        for label, count in enumerate(counts)
+    ]
+    return generator.permutation(np.concatenate(chosen))
+
+
+def generator(seed, stream, step=0):
+    """The NumPy generator of one purpose (a key of STREAMS) and step, derived from the seed."""
+    return np.random.default_rng([seed, STREAMS[stream], step])
+
+
+def split(dataset, experiment):
+    """Draws the splits of an experiment; the same seed draws the same images.
+
+    Returns:
+      `Splits` with floats of the experiment's dtype.
+
+    Raises:
+      ValueError: too few images, naming the split and the setting that asked for them.
+    """
+
+    def draw(y, n, stream, setting):
+        try:
+            return draw_balanced(
+                y, n, n_classes=dataset.n_classes, generator=generator(experiment.seed, stream)
+            )
+        except ValueError as error:
+            raise ValueError(f"{setting} = {n}: {error}") from None
+
+    y = dataset.y_train
+    validation = draw(y, experiment.n_validation, "validation", "n_validation")
+    pool = np.setdiff1d(np.arange(len(y)), validation)
+    support = pool[draw(y[pool], experiment.n_support, "support", "n_support")]
+    if experiment.n_target > len(pool):
+        raise ValueError(
+            f"n_target = {experiment.n_target}: expected at most {len(pool)} images that are not "
+            "held out for validation; pass a smaller n_target"
+        )
+    test = np.arange(len(dataset.y_test))
+    if experiment.n_test:
+        test = draw(dataset.y_test, experiment.n_test, "test", "n_test")
+
+    def take(x, y, index):
+        return to_float(x[index], experiment.dtype), y[index]
+
+    return Splits(
+        *take(dataset.x_train, y, support),
+        *take(dataset.x_train, y, pool),
+        *take(dataset.x_train, y, validation),
+        *take(dataset.x_test, dataset.y_test, test),
+        dataset.n_classes,
+    )

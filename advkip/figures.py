@@ -1,0 +1,158 @@
+"""Every figure of the notebooks. Each function returns a matplotlib Figure; `save` writes a PNG."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
+NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
+
+
+def save(figure, folder, name):
+    """Writes `<folder>/<name>.png` and returns the figure, so that a notebook shows it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)  # shown once, as the cell's value
+    return figure
+
+
+def training_curves(histories):
+    """Figure 1: clean, FGSM and PGD validation accuracy against outer steps.
+
+    Args:
+      histories: {title: history of `distill.Distilled`}.
+    """
+    figure, axes = _panels(len(histories), sharey=True)
+    for axis, (title, history) in zip(axes, histories.items(), strict=True):
+        steps = [line["step"] for line in history]
+        for key, colour in COLOURS.items():
+            values = [100 * line[key] for line in history]
+            axis.plot(steps, values, color=colour, label=NAMES[key], marker=".")
+        axis.set(title=title, xlabel="outer step", ylim=(-2, 102))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation accuracy (%)")
+    axes[0].legend()
+    return figure
+
+
+def gradient_norms(histories):
+    """Figure 4: mean input-gradient norm of the kernel on validation data during distillation."""
+    figure, (axis,) = _panels(1)
+    for title, history in histories.items():
+        axis.plot(
+            [line["step"] for line in history],
+            [line["gradient_norm"] for line in history],
+            label=title, marker=".",
+        )  # fmt: skip
+    axis.set(xlabel="outer step", ylabel=r"mean $\|\nabla_x L\|_2$", ylim=(0, None))
+    axis.set_title("input-gradient norm on validation images")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def trade_off(histories):
+    """PGD against clean validation accuracy along each run; the first step is ringed."""
+    figure, (axis,) = _panels(1)
+    for title, history in histories.items():
+        clean, robust = ([100 * line[k] for line in history] for k in ("clean", "pgd"))
+        (drawn,) = axis.plot(clean, robust, marker=".", label=title)
+        axis.plot(clean[:1], robust[:1], "o", ms=11, mfc="none", color=drawn.get_color())
+    axis.set(xlabel="clean validation accuracy (%)", ylabel="PGD validation accuracy (%)")
+    axis.set_title("the price of robustness")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
+    """Figures 5 and 6: distilled images below the originals, their difference and labels.
+
+    Shows one image of each class in turn. Pixels outside [0, 1] are shown clipped; the
+    difference is scaled to its largest value (red up, blue down, mean over colours).
+
+    Args:
+      x_before, x_after: images (S, H, W, C); y_before, y_after: label vectors (S, C).
+    """
+    classes = y_before.argmax(1)
+    rank = np.zeros(len(classes), int)
+    for label in np.unique(classes):
+        rank[classes == label] = np.arange((classes == label).sum())
+    index = np.lexsort((classes, rank))[:count]
+    figure, axes = plt.subplots(4, len(index), figsize=(1.25 * len(index), 5.4), squeeze=False)
+    difference = (x_after - x_before).mean(3)[index]
+    limit = max(np.abs(difference).max(), 1e-12)
+    labels = np.concatenate([y_before[index], y_after[index]])
+    for column, i in enumerate(index):
+        _image(axes[0, column], x_before[i])
+        _image(axes[1, column], x_after[i])
+        axes[2, column].imshow(difference[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        positions = np.arange(y_after.shape[1])
+        axes[3, column].bar(positions, y_before[i], color="#bbbbbb", width=0.9)
+        axes[3, column].bar(positions, y_after[i], color=COLOURS["clean"], width=0.5)
+        axes[3, column].set_ylim(labels.min() - 0.05, labels.max() + 0.05)
+        axes[0, column].set_title(f"class {classes[i]}", fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    rows = ("original", "distilled", f"difference\n(±{limit:.2f})", "labels\n(grey: before)")
+    for axis, name in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(name)
+    figure.tight_layout()
+    return figure
+
+
+def attacked_images(x, x_attacked, titles):
+    """Images, the same after an attack, and what the attack added; one title a column."""
+    figure, axes = plt.subplots(3, len(x), figsize=(1.35 * len(x), 4.4), squeeze=False)
+    for column, title in enumerate(titles):
+        _image(axes[0, column], x[column])
+        _image(axes[1, column], x_attacked[column])
+        difference = (x_attacked[column] - x[column]).mean(2)
+        limit = max(np.abs(difference).max(), 1e-12)
+        axes[2, column].imshow(difference, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes[0, column].set_title(title, fontsize=9)
+    for axis, name in zip(axes[:, 0], ("image", "attacked", "added"), strict=True):
+        axis.set_ylabel(name)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout()
+    return figure
+
+
+def kernel_profile(cosines, values):
+    """Normalised kernels against the angle between two images.
+
+    Args:
+      cosines: shape (n,); values: {title: kernel values (n,), 1 at angle 0}.
+    """
+    figure, (axis,) = _panels(1)
+    for title, value in values.items():
+        axis.plot(np.degrees(np.arccos(np.clip(cosines, -1, 1))), value, label=title)
+    axis.set(xlabel="angle between the images (degrees)", ylabel="k(x, s) / k(x, x)")
+    axis.set_title("how far an image reaches")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def accuracy_against_epsilon(epsilons, accuracies):
+    """Accuracy under attacks of growing radius; accuracies is {title: list in [0, 1]}."""
+    figure, (axis,) = _panels(1)
+    for title, values in accuracies.items():
+        axis.plot(epsilons, [100 * value for value in values], marker="o", label=title)
+    axis.set(xlabel="attack radius (pixel units)", ylabel="accuracy (%)", ylim=(-2, 102))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def _panels(count, **options):
+    figure, axes = plt.subplots(
+        1, count, figsize=(5.2 * count, 3.6), squeeze=False, layout="constrained", **options
+    )
+    return figure, axes[0]
+
+
+def _image(axis, image):
+    axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)

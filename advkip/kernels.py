@@ -1,0 +1,332 @@
+"""Infinite-width neural tangent kernels: values and exact input derivatives, tile by tile.
+
+Two kinds of kernel share one interface:
+
+- `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
+  derivatives come out of one pass over the layer recursion.
+- `Stax`: any `neural_tangents.stax` network, differentiated by JAX in tiles that bound memory.
+
+The interface is three methods, all pure and usable inside `jax.jit` (a kernel is hashable, so
+it can be a static argument):
+
+    kernel(x, s)                     K, shape (n, m); differentiable with respect to x and s
+    kernel.diagonal(x)               k(x_i, x_i), shape (n,)
+    kernel.value_and_pullback(x, s)  K and pullback; pullback(w) is, for w of shape (n, m),
+                                     sum_j w_ij d k(x_i, s_j) / d x_i, shape of x
+
+The pullback is all that Algorithm 1 ever needs: an attack pulls w = G alpha^T back to the
+attacked images, the outer step pulls -B alpha^T back to the support (see `krr`).
+
+The kernel has a cusp where x_i = s_j: near it k falls off like |x - s|, so the derivative
+with respect to x alone depends on the direction. There the mean over all directions is
+returned, which is finite. (The diagonal of K_SS, where both arguments move together, is
+smooth: `diagonal`.)
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from advkip import compat
+
+# On GPUs the default product rounds to 10 mantissa bits (TF32). A correlation near 1 would be
+# ruined by that: 1 - c is what the kernel depends on.
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullyConnected:
+    """NTK of an infinitely wide fully-connected ReLU net (Jacot et al. 2018), closed form.
+
+    With `depth` hidden layers, D inputs, `sigma_0 = W_std^2 <x, s> / D + b_std^2` and
+    `theta_0 = sigma_0`, each layer maps
+
+        sigma <- W_std^2 r kappa_1(c) / 2 + b_std^2,     c = sigma / r,  r = sqrt(p_x p_s)
+        theta <- sigma (new) + W_std^2 theta kappa_0(c) / 2
+        kappa_0(c) = 1 - arccos(c) / pi
+        kappa_1(c) = (sqrt(1 - c^2) + (pi - arccos c) c) / pi
+
+    where p_x is the same recursion for (x, x). This equals `neural_tangents.stax` with
+    `parameterization='ntk'`, and the depth convention is KIP's: fc3 has three hidden layers.
+
+    Args:
+      depth: number of hidden layers, 1 or more.
+      W_std, b_std: standard deviations of weights (> 0) and biases (>= 0).
+    """
+
+    depth: int
+    W_std: float = math.sqrt(2)
+    b_std: float = 0.1
+
+    def __post_init__(self):
+        if self.depth < 1 or not self.W_std > 0 or not self.b_std >= 0:
+            raise ValueError(
+                "expected depth >= 1, W_std > 0 and b_std >= 0, got "
+                f"{self.depth}, {self.W_std}, {self.b_std}; pass e.g. FullyConnected(depth=3)"
+            )
+
+    @property
+    def floats_per_pair(self):
+        """Working floats held for one pair of images while a tile is computed."""
+        return 4
+
+    def __call__(self, x, s):
+        """K, shape (n, m), for x (n, ...) and s (m, ...) with D pixels each; differentiable."""
+        return _differentiable(self, x, s)
+
+    def value(self, x, s):
+        """K like `__call__`, without a derivative rule of its own."""
+        return self._recursion(x, s, self._covariance(x, s))[0]
+
+    def diagonal(self, x):
+        """k(x_i, x_i), shape (n,): linear in |x_i|^2, so exact where arccos would round."""
+        p = self._first_layer((_flat(x) ** 2).sum(1), x)
+        theta = p
+        for _ in range(self.depth):
+            p = self.W_std**2 * p / 2 + self.b_std**2
+            theta = p + self.W_std**2 * theta / 2
+        return theta
+
+    def value_and_pullback(self, x, s):
+        """K (n, m) and its pullback to x. Two products of n m D in all, forward and back."""
+        sigma = self._covariance(x, s)
+        k, sigma = _in_order(self._recursion(x, s, sigma)[0], sigma)
+        return k, Partial(partial(_pull_closed_form, self), x, s, sigma)
+
+    def _first_layer(self, inner_products, x):
+        return self.W_std**2 / _flat(x).shape[1] * inner_products + self.b_std**2
+
+    def _covariance(self, x, s):
+        """sigma_0, shape (n, m)."""
+        return self._first_layer(_product(_flat(x), _flat(s).T), x)
+
+    def _recursion(self, x, s, sigma):
+        """theta and its derivatives by sigma_0 and p_x; XLA drops those that are not used."""
+        p = self._first_layer((_flat(x) ** 2).sum(1), x)[:, None]
+        q = self._first_layer((_flat(s) ** 2).sum(1), s)[None, :]
+        return _relu_recursion(sigma, p, q, self.depth, self.W_std**2, self.b_std**2)
+
+
+def _relu_recursion(sigma, p, q, depth, w2, b2):
+    """theta, d theta / d sigma_0 and d theta / d p_0 in one pass over the layers.
+
+    The derivatives follow from d kappa_1 / dc = kappa_0 and d kappa_0 / dc = 1 / (pi s),
+    s = sqrt(1 - c^2), by forward differentiation: `*_u` by sigma_0, `*_p` by p_0.
+    """
+    cusp_width = 4 * jnp.finfo(sigma.dtype).eps
+    theta = sigma
+    sigma_u, theta_u, sigma_p, theta_p = 1.0, 1.0, 0.0, 0.0
+    p_p = 1.0
+    for _ in range(depth):
+        # A zero image with b_std = 0 has p = 0: its kernel and derivatives are set to 0.
+        inverse_p, inverse_q = _inverse(p), _inverse(q)
+        root, inverse_root = jnp.sqrt(p) * jnp.sqrt(q), jnp.sqrt(inverse_p) * jnp.sqrt(inverse_q)
+        c = jnp.clip(sigma * inverse_root, -1.0, 1.0)
+        square = (1 - c) * (1 + c)
+        sine = jnp.sqrt(square)
+        angle = _arccos(c)
+        k0 = 0.5 - angle / (2 * math.pi)
+        k1 = root * sine / (2 * math.pi) + sigma * k0
+        k0_c = sine / (2 * math.pi * jnp.maximum(square, cusp_width))  # 1 / sine; 0 on the cusp
+        k0_u = k0_c * inverse_root * sigma_u
+        k0_p = k0_c * (inverse_root * sigma_p - 0.5 * p_p * inverse_p * c)
+
+        sigma_p = w2 * (k0 * sigma_p + p_p / (4 * math.pi) * sine * root * inverse_p)
+        sigma_u = w2 * k0 * sigma_u
+        theta_p = sigma_p + w2 * (k0 * theta_p + theta * k0_p)
+        theta_u = sigma_u + w2 * (k0 * theta_u + theta * k0_u)
+        sigma = w2 * k1 + b2
+        theta = sigma + w2 * k0 * theta
+        p, q, p_p = w2 * p / 2 + b2, w2 * q / 2 + b2, w2 * p_p / 2
+    return theta, theta_u, theta_p
+
+
+def _pull_closed_form(kernel, x, s, sigma, w):
+    """sum_j w_ij (theta_u s_j + 2 theta_p x_i) W_std^2 / D: d sigma_0 = s dx, d p_0 = 2 x dx."""
+    xf, sf = _flat(x), _flat(s)
+    weights = w * kernel._recursion(x, s, sigma)[1]
+    weights, sigma = _in_order(weights, sigma)
+    to_s = _product(weights, sf)
+    # A product with ones, not a sum: XLA's CPU reductions do not vectorise the recursion.
+    to_x = _product(w * kernel._recursion(x, s, sigma)[2], jnp.ones((len(sf), 1), w.dtype))
+    return (kernel.W_std**2 / xf.shape[1] * (to_s + 2 * to_x * xf)).reshape(x.shape)
+
+
+def _in_order(first, sigma):
+    """Makes XLA finish `first` before it uses `sigma` again.
+
+    Otherwise it would store every intermediate layer that two outputs of the recursion share.
+    One output at a time is one loop over the tile with everything in registers: on CPUs that is
+    several times faster, although the recursion runs again, and needs no memory.
+    """
+    return jax.lax.optimization_barrier((first, sigma))
+
+
+def _inverse(p):
+    return jnp.where(p > 0, 1 / jnp.where(p > 0, p, 1), 0)
+
+
+def _arccos(c):
+    """arccos; in float32 by Abramowitz and Stegun 4.4.46 (absolute error 2e-8, one sqrt).
+
+    arccos c = sqrt(1 - c) poly(c) for c >= 0 and pi - arccos(-c) below. XLA's own arccos is
+    many times slower on CPUs and no more accurate in float32.
+    """
+    if c.dtype != jnp.float32:
+        return jnp.arccos(c)
+    a = jnp.abs(c)
+    poly = -0.0012624911
+    for coefficient in (
+        0.0066700901, -0.0170881256, 0.0308918810, -0.0501743046,
+        0.0889789874, -0.2145988016, 1.5707963050,
+    ):  # fmt: skip
+        poly = poly * a + coefficient
+    positive = jnp.sqrt(1 - a) * poly
+    return jnp.where(c < 0, math.pi - positive, positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stax:
+    """Any `neural_tangents.stax` network's NTK behind the interface of this module.
+
+    Args:
+      kernel_fn: the third value that `stax.serial(...)` returns; it takes (x1, x2, get).
+      tile: the kernel is evaluated on tile x tile pairs of images at a time. Memory is
+        proportional to tile^2; the result does not depend on it.
+
+    Use `stax_module()` to build the network, so that the import works on a current JAX.
+    """
+
+    kernel_fn: Callable
+    tile: int = 16
+
+    def __post_init__(self):
+        if not callable(self.kernel_fn) or self.tile < 1:
+            raise ValueError(
+                "expected the kernel_fn of a stax network and tile >= 1, got "
+                f"{self.kernel_fn!r}, {self.tile}; pass Stax(stax.serial(...)[2])"
+            )
+
+    @property
+    def floats_per_pair(self):
+        """Working floats held for one pair of images outside the tiles."""
+        return 2
+
+    def __call__(self, x, s):
+        """K, shape (n, m), for images x (n, H, W, C) and s (m, H, W, C); differentiable."""
+        return _differentiable(self, x, s)
+
+    def value(self, x, s):
+        """K like `__call__`, without a derivative rule of its own."""
+        rows, columns = _split(x, self.tile), _split(s, self.tile)
+        k = jax.lax.map(lambda a: jax.lax.map(lambda b: self._tile(a, b), columns), rows)
+        return k.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[1], -1)[: len(x), : len(s)]
+
+    def diagonal(self, x):
+        """k(x_i, x_i), shape (n,)."""
+        return jax.lax.map(lambda a: self._tile(a[None], a[None])[0, 0], x)
+
+    def value_and_pullback(self, x, s):
+        """K (n, m) and its pullback to x; the pullback recomputes each tile and drops it."""
+        return self.value(x, s), Partial(partial(_pull_tiles, self), x, s)
+
+    def _tile(self, a, b):
+        return self.kernel_fn(a, b, "ntk").astype(a.dtype)
+
+
+def _pull_tiles(kernel, x, s, w):
+    t = kernel.tile
+    rows, columns = _split(x, t), _split(s, t)
+    pad = ((0, len(rows) * t - len(x)), (0, len(columns) * t - len(s)))
+    w = jnp.pad(w, pad).reshape(len(rows), t, len(columns), t).swapaxes(1, 2)
+
+    def pull_row(row):
+        a, w_row = row
+
+        def add(total, column):
+            b, w_tile = column
+            return total + jax.vjp(lambda a: kernel._tile(a, b), a)[1](w_tile)[0], None
+
+        return jax.lax.scan(add, jnp.zeros_like(a), (columns, w_row))[0]
+
+    return jax.lax.map(pull_row, (rows, w)).reshape(-1, *x.shape[1:])[: len(x)]
+
+
+def _split(x, size):
+    """(n, ...) to (n / size, size, ...), the last tile filled up with copies of x_0."""
+    fill = -len(x) % size
+    x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (fill, *x.shape[1:]))]) if fill else x
+    return x.reshape(-1, size, *x.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(kernel, x, s):
+    return kernel.value(x, s)
+
+
+def _differentiable_forward(kernel, x, s):
+    return kernel.value(x, s), (x, s)
+
+
+def _differentiable_backward(kernel, residuals, w):
+    x, s = residuals
+    return kernel.value_and_pullback(x, s)[1](w), kernel.value_and_pullback(s, x)[1](w.T)
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+def _flat(x):
+    return x.reshape(x.shape[0], -1)
+
+
+def stax_module():
+    """Returns `neural_tangents.stax`, importable on the installed JAX (see `compat`)."""
+    return compat.load().stax
+
+
+def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
+    """The paper's kernels by name: 'fc1', 'fc2', ... in closed form; 'conv1', 'conv2', ...
+
+    'convN' has N 3x3 convolutions with SAME padding and ReLU, flattened, no pooling.
+
+    Args:
+      name: 'fc' or 'conv' followed by the number of hidden layers.
+      W_std, b_std: standard deviations of weights and biases of every layer.
+
+    Returns:
+      A `FullyConnected` or a `Stax` kernel.
+
+    Raises:
+      ValueError: another name.
+    """
+    match = re.fullmatch(r"(fc|conv)([1-9]\d?)", name)
+    if not match:
+        raise ValueError(
+            f"expected a kernel name such as 'fc3' or 'conv3', got {name!r}; "
+            "for a network of your own pass Stax(stax.serial(...)[2])"
+        )
+    depth = int(match[2])
+    if match[1] == "fc":
+        return FullyConnected(depth, W_std, b_std)
+    stax = stax_module()
+    layers = [stax.Conv(1, (3, 3), padding="SAME", W_std=W_std, b_std=b_std), stax.Relu()] * depth
+    layers += [stax.Flatten(), stax.Dense(1, W_std=W_std, b_std=b_std)]
+    return Stax(stax.serial(*layers)[2])
+
+
+def set_precision(dtype):
+    """Switches JAX to 'float32' or 'float64' for the whole process; call it before any array.
+
+    Raises:
+      ValueError: another dtype.
+    """
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"expected dtype 'float32' or 'float64', got {dtype!r}; pass one of them")
+    jax.config.update("jax_enable_x64", dtype == "float64")

@@ -1,0 +1,241 @@
+"""Kernel ridge regression (paper Eq. 4) and its exact gradient, in bounded memory.
+
+    f(x) = K_xS alpha,   alpha = (K_SS + r I)^-1 Y_S,   r = diag_reg trace(K_SS) / S
+
+The only S x S array is K_SS itself; its Cholesky factor takes its place. The gradient of a
+loss L(f(X_T)) needs no derivative of the factorisation. With G = dL/df (T x C) and
+B = (K_SS + r I)^-1 K_ST G (S x C),
+
+    dL/dY_S  = B
+    dL/dK_TS = G alpha^T
+    dL/dK_SS = -B alpha^T - (diag_reg / S) sum(B * alpha) I
+
+all of rank C (plus the trace term of the relative ridge), so the kernel's pullback (see
+`kernels`) carries them to the images in tiles of rows that are formed, used and dropped.
+
+`kernel` below is any object with the interface of `kernels`; S support, T target, C classes.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_solve
+
+TILE_FLOATS = 2**22
+"""Working floats of one tile (16 MiB in float32); the sizes of tiles follow from it."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x_support", "alpha"),
+    meta_fields=("kernel",),
+)
+@dataclasses.dataclass(frozen=True)
+class KernelMachine:
+    """A fitted kernel classifier; calling it on images x (n, ...) gives logits (n, C), Eq. 4.
+
+    It is a JAX pytree, so it passes through `jax.jit` as an argument, and its derivative with
+    respect to x uses the kernel's exact pullback.
+    """
+
+    kernel: object
+    x_support: jax.Array
+    alpha: jax.Array
+
+    def __call__(self, x):
+        return _predict(self.kernel, x, self.x_support, self.alpha)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _predict(kernel, x, x_support, alpha):
+    return kernel.value(x, x_support) @ alpha
+
+
+def _predict_forward(kernel, x, x_support, alpha):
+    k, pullback = kernel.value_and_pullback(x, x_support)
+    return k @ alpha, (k, pullback, x, x_support, alpha)
+
+
+def _predict_backward(kernel, residuals, g):
+    k, pullback, x, x_support, alpha = residuals
+    to_support = kernel.value_and_pullback(x_support, x)[1](alpha @ g.T)
+    return pullback(g @ alpha.T), to_support, k.T @ g
+
+
+_predict.defvjp(_predict_forward, _predict_backward)
+
+
+class Fit(NamedTuple):
+    """A fitted machine with what its gradient needs."""
+
+    machine: KernelMachine
+    factor: jax.Array  # lower Cholesky factor of K_SS + r I, shape (S, S)
+    ridge: float  # r
+
+
+def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
+    """Solves Eq. 4 for alpha by one Cholesky factorisation.
+
+    Args:
+      kernel: see `kernels`.
+      x_support: support images, shape (S, ...), float32 or float64.
+      y_support: support labels, shape (S, C).
+      diag_reg: ridge relative to the mean diagonal of K_SS, >= 0.
+      block_size: rows and columns of a tile; 0 chooses from `TILE_FLOATS`.
+
+    Returns:
+      A `Fit`.
+
+    Raises:
+      ValueError: shapes that do not match, a negative diag_reg, values that are not finite.
+      FloatingPointError: K_SS + r I is not positive definite in this precision.
+    """
+    x_support, y_support = jnp.asarray(x_support), jnp.asarray(y_support)
+    if y_support.ndim != 2 or len(x_support) != len(y_support) or not len(x_support):
+        raise ValueError(
+            "expected x_support (S, ...) and y_support (S, C), got shapes "
+            f"{x_support.shape} and {y_support.shape}; pass one row of labels an image"
+        )
+    if not diag_reg >= 0:
+        raise ValueError(f"expected diag_reg >= 0, got {diag_reg}; pass for example 1e-6")
+    if not (jnp.isfinite(x_support).all() and jnp.isfinite(y_support).all()):
+        raise ValueError(
+            "expected finite x_support and y_support, got NaN or infinity; pass "
+            "data without them, or lower the learning rate if they came from a run"
+        )
+    k_ss = lower_gram(kernel, x_support, block_size=block_size)
+    factor, ridge = _factorise(k_ss, diag_reg)
+    if not jnp.isfinite(factor[-1, -1]):
+        raise FloatingPointError(
+            f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
+            f"with diag_reg {diag_reg} in {x_support.dtype}; pass a larger diag_reg "
+            "(10 times, say), dtype 'float64', or a support without near-identical images"
+        )
+    alpha = _solve(factor, y_support)
+    return Fit(KernelMachine(kernel, x_support, alpha), factor, ridge)
+
+
+def lower_gram(kernel, x, *, block_size=0):
+    """K(x, x), shape (S, S), of which only the lower triangle is filled, tile by tile.
+
+    The diagonal comes from `kernel.diagonal`, which is exact where k(x, x) would round.
+    """
+    n = len(x)
+    size = even_size(n, block_size or int((TILE_FLOATS / kernel.floats_per_pair) ** 0.5))
+    k = jnp.zeros((n, n), x.dtype)
+    for i in _starts(n, size):
+        for j in _starts(n, size):
+            if j <= i:
+                k = _fill_tile(kernel, k, x, i, j, size)
+    return _fill_diagonal(kernel, k, x)
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+def _fill_tile(kernel, k, x, i, j, size):
+    tile = kernel.value(_rows(x, i, size), _rows(x, j, size))
+    return jax.lax.dynamic_update_slice(k, tile, (i, j))
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _fill_diagonal(kernel, k, x):
+    index = jnp.arange(len(x))
+    return k.at[index, index].set(kernel.diagonal(x))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _factorise(k_ss, diag_reg):
+    index = jnp.arange(len(k_ss))
+    ridge = diag_reg * jnp.diagonal(k_ss).mean()
+    return jax.lax.linalg.cholesky(k_ss.at[index, index].add(ridge), symmetrize_input=False), ridge
+
+
+@jax.jit
+def _solve(factor, y):
+    return cho_solve((factor, True), y)
+
+
+class SupportGradient(NamedTuple):
+    """dL/dX_S, shape of the support images, and dL/dY_S, shape (S, C)."""
+
+    x_support: jax.Array
+    y_support: jax.Array
+
+
+def support_gradient(fitted, x_target, g, *, diag_reg, block_size=0):
+    """Exact gradient of L(f(X_T)) with respect to the support (the outer steps of Eq. 7).
+
+    Args:
+      fitted: what `fit` returned for the support.
+      x_target: the (attacked) target images, shape (T, ...); constants of this gradient.
+      g: G = dL/df at f(x_target), shape (T, C).
+      diag_reg: as given to `fit`; the relative ridge depends on the support, too.
+      block_size: rows of a tile; 0 chooses from `TILE_FLOATS`.
+
+    Returns:
+      A `SupportGradient`. Cost: 4 S T D + 4 S^2 D + O(S^2 C) operations.
+    """
+    kernel, x, alpha = fitted.machine.kernel, fitted.machine.x_support, fitted.machine.alpha
+    n = len(x)
+    size = even_size(n, block_size or rows_of_tile(kernel, max(n, len(x_target))))
+    starts = _starts(n, size)
+
+    gradient, k_st_g = jnp.zeros_like(x), jnp.zeros_like(alpha)
+    for i in starts:
+        gradient, k_st_g = _pull_target(kernel, gradient, k_st_g, x, alpha, x_target, g, i, size)
+    b = _solve(fitted.factor, k_st_g)
+    diagonal = -(b * alpha).sum(1) - diag_reg / n * (b * alpha).sum()
+    total = jnp.zeros_like(x)
+    for i in starts:
+        total = _pull_support(kernel, total, gradient, x, alpha, b, diagonal, i, size)
+    return SupportGradient(total, b)
+
+
+@partial(jax.jit, static_argnums=(0, 8), donate_argnums=(1, 2))
+def _pull_target(kernel, gradient, k_st_g, x, alpha, x_target, g, i, size):
+    """Rows i of K_ST G, and of the part of dL/dX_S that flows through K_TS."""
+    k, pullback = kernel.value_and_pullback(_rows(x, i, size), x_target)
+    return (
+        _set_rows(gradient, pullback(_rows(alpha, i, size) @ g.T), i),
+        _set_rows(k_st_g, k @ g, i),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 8), donate_argnums=1)
+def _pull_support(kernel, total, gradient, x, alpha, b, diagonal, i, size):
+    """Rows i of dL/dX_S: what flows through K_SS added to `gradient`.
+
+    An image stands in a row and in a column of K_SS, so w = -(B alpha^T + alpha B^T); where
+    both meet, on the diagonal, k(x, x) has its own derivative.
+    """
+    rows, alpha_i, b_i = _rows(x, i, size), _rows(alpha, i, size), _rows(b, i, size)
+    w = -(b_i @ alpha.T + alpha_i @ b.T)
+    w = jnp.where(i + jnp.arange(size)[:, None] == jnp.arange(len(x)), 0, w)
+    off_diagonal = kernel.value_and_pullback(rows, x)[1](w)
+    on_diagonal = jax.vjp(kernel.diagonal, rows)[1](_rows(diagonal, i, size))[0]
+    return _set_rows(total, _rows(gradient, i, size) + off_diagonal + on_diagonal, i)
+
+
+def _rows(x, start, size):
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _set_rows(x, rows, start):
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def _starts(n, size):
+    """First rows of the tiles; the last one is moved back so that all have the same shape."""
+    return [min(i, n - size) for i in range(0, n, size)]
+
+
+def rows_of_tile(kernel, n_columns):
+    """Rows of a tile with `n_columns` columns that hold `TILE_FLOATS` working floats."""
+    return max(1, TILE_FLOATS // (kernel.floats_per_pair * n_columns))
+
+
+def even_size(n, size):
+    """Rows of the fewest equal parts of n that have at most `size` rows."""
+    return -(-n // -(-n // size))

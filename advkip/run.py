@@ -1,0 +1,194 @@
+"""Params files to executed notebooks: `python -m advkip.run FILE... [--set key=value]`.
+
+All files are checked before anything runs. Each notebook of an experiment is executed by
+papermill into `reports/<name>/`, next to its figures and `results.json`. A notebook that is
+finished with the same settings is skipped; one that was cut off continues from the checkpoints
+that `distill` left in that folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from advkip import records
+from advkip.config import Experiment, field_names
+
+
+def main(arguments=None):
+    """Runs the params files of the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        experiments = check_files(options.files, options.set)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        print(f"{len(experiments)} params files are valid")
+        return 0
+    for experiment in experiments:
+        try:
+            run(experiment, options.reports, force=options.force)
+        except PapermillExecutionError as error:
+            print(f"error: {describe(experiment, error)}", file=sys.stderr)
+            return 1
+        except (ValueError, OSError) as error:
+            print(f"error: {experiment.name}: {error}", file=sys.stderr)
+            return 2
+    show(experiments, options.reports)
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser("python -m advkip.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a params file (YAML)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="replaces a setting of every file; may be given several times",
+    )
+    parser.add_argument("--reports", default="reports", help="folder of the results")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="starts over, replacing what the folder holds",
+    )
+    parser.add_argument("--check", action="store_true", help="checks the files and stops")
+    return parser
+
+
+def check_files(files, overrides=()):
+    """Experiments of params files.
+
+    Raises:
+      ValueError, OSError: the first file that is wrong, its key, and what to pass; two files
+        with one name; a notebook that does not exist.
+    """
+    experiments, names = [], {}
+    for file in files:
+        experiment = Experiment.from_file(file, overrides)
+        if experiment.name in names:
+            raise ValueError(
+                f"{file}: expected a name of its own, got {experiment.name!r} like "
+                f"{names[experiment.name]}; pass another name, they share a folder"
+            )
+        for notebook in experiment.notebooks:
+            if not source(notebook).exists():
+                raise ValueError(
+                    f"{file}: expected notebooks to name files of notebooks/, got {notebook!r}; "
+                    "pass for example '01_kernels', and run from the project's folder"
+                )
+        names[experiment.name] = file
+        experiments.append(experiment)
+    return experiments
+
+
+def source(notebook):
+    """Path of a notebook's .ipynb."""
+    return Path("notebooks") / f"{notebook}.ipynb"
+
+
+def run(experiment, reports="reports", *, force=False):
+    """Executes an experiment's notebooks into `<reports>/<name>/`.
+
+    Raises:
+      PapermillExecutionError: a cell failed; the notebook so far is kept as *.failed.ipynb.
+      ValueError: the folder holds results of other settings, and not `force`.
+    """
+    folder = Path(reports) / experiment.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder, experiment, force)
+    for checkpoint in folder.glob("checkpoint-*.npz") if force else ():
+        checkpoint.unlink()
+    for notebook in experiment.notebooks:
+        executed = folder / f"{notebook}.ipynb"
+        running, failed = (folder / f"{notebook}.{s}.ipynb" for s in ("running", "failed"))
+        parameters = parameters_for(notebook, experiment, folder)
+        if not force and _finished(executed, parameters):
+            print(f"{executed}: finished, skipped (--force runs it again)")
+            continue
+        print(f"{executed}: running", flush=True)
+        try:
+            papermill.execute_notebook(
+                source(notebook), running, parameters, cwd="notebooks", kernel_name="python3",
+                stdout_file=sys.stdout, stderr_file=sys.stderr,
+                progress_bar=False,
+            )  # fmt: skip
+        except PapermillExecutionError:
+            running.replace(failed)
+            raise
+        _tidy(running)
+        running.replace(executed)
+        failed.unlink(missing_ok=True)
+
+
+def parameters_for(notebook, experiment, folder):
+    """What papermill passes: all settings to notebooks that take an experiment, and the folder.
+
+    Paths are relative to notebooks/, where a notebook runs.
+    """
+    declared = papermill.inspect_notebook(source(notebook))
+    relative = Path("..") / folder if not folder.is_absolute() else folder
+    parameters = {"output": relative.as_posix()}
+    if set(declared) & set(field_names()):
+        parameters |= experiment.to_dict()
+    return parameters
+
+
+def _check_folder(folder, experiment, force):
+    path = folder / "results.json"
+    if path.exists() and not force:
+        old = records.read(path)["experiment"]
+        new = experiment.to_dict()
+        changed = sorted(key for key in new if old.get(key) != new[key])
+        if changed:
+            raise ValueError(
+                f"expected {path} to be of the same settings, got other {changed}; pass "
+                "--set name=... for a folder of its own, or --force to replace it"
+            )
+
+
+def _finished(executed, parameters):
+    if not executed.exists():
+        return False
+    return nbformat.read(executed, 4).metadata.get("papermill", {}).get("parameters") == parameters
+
+
+def _tidy(path):
+    """Drops what changes from run to run without saying anything: progress bars, cell clocks."""
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    nbformat.write(notebook, path)
+
+
+def describe(experiment, error):
+    """One line that names the notebook cell that failed, and why."""
+    return (
+        f"{experiment.name}: cell {error.exec_count} failed with {error.ename}: {error.evalue}\n"
+        f"  first line of the cell: {error.source.strip().splitlines()[0]}"
+    )
+
+
+def show(experiments, reports):
+    """Prints the results table and where to look."""
+    paths = [Path(reports) / e.name / "results.json" for e in experiments]
+    found = [records.read(path) for path in paths if path.exists()]
+    if found:
+        print("\nTest accuracy (%), the worst case of each image\n")
+        print(records.table(found))
+    print("\nExecuted notebooks, figures (PNG) and results.json:")
+    for experiment in experiments:
+        print(f"  {Path(reports) / experiment.name}/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Projections, FGSM and PGD against closed forms on linear models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advkip import attacks, kernels, krr
+from advkip.attacks import Threat
+
+SHAPE = (3, 4, 1)
+
+
+def linear(rng, C=3):
+    """Logits x W of images of 12 pixels."""
+    weights = jnp.asarray(rng.normal(size=(12, C)))
+    return weights, lambda x: x.reshape(len(x), -1) @ weights
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_projection_inside_on_and_outside(rng, norm):
+    threat = Threat(norm, 0.5, low=-10, high=10)
+    x = jnp.asarray(rng.normal(size=(4, *SHAPE)))
+    direction = jnp.asarray(rng.normal(size=(4, *SHAPE)))
+    direction /= attacks.distance(direction, 0 * direction, norm).reshape(-1, 1, 1, 1)
+    for length, expected in ((0.3, 0.3), (0.5, 0.5), (2.0, 0.5)):
+        projected = attacks.project(x + length * direction, x, threat)
+        np.testing.assert_allclose(attacks.distance(projected, x, norm), expected, rtol=1e-12)
+        if length <= 0.5:
+            np.testing.assert_allclose(projected, x + length * direction, rtol=1e-12)
+        twice = attacks.project(projected, x, threat)
+        np.testing.assert_allclose(twice, projected, rtol=1e-12)
+
+
+def test_projection_is_the_nearest_point(rng):
+    x, outside = jnp.zeros((1, *SHAPE)), jnp.asarray(rng.normal(size=(1, *SHAPE))) * 3
+    threat = Threat("l2", 1.0, low=-10, high=10)
+    nearest = float(attacks.distance(attacks.project(outside, x, threat), outside, "l2")[0])
+    for _ in range(200):
+        other = jnp.asarray(rng.normal(size=(1, *SHAPE)))
+        other /= attacks.distance(other, x, "l2")[0]
+        assert nearest <= float(attacks.distance(other, outside, "l2")[0]) + 1e-12
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_projection_keeps_the_pixel_range(rng, norm):
+    threat = Threat(norm, 0.9)
+    x = jnp.asarray(rng.uniform(0, 1, (5, *SHAPE)))
+    projected = attacks.project(x + jnp.asarray(rng.normal(size=x.shape)), x, threat)
+    assert projected.min() >= 0
+    assert projected.max() <= 1
+    assert attacks.distance(projected, x, norm).max() <= 0.9 + 1e-12
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_epsilon_zero_is_the_identity(rng, norm):
+    x = jnp.asarray(rng.uniform(0, 1, (5, *SHAPE)))
+    _, logits = linear(rng)
+    attacked = attacks.pgd(
+        logits, x, np.zeros(5, int), threat=Threat(norm, 0.0), n_steps=5, step_size=0.1
+    )
+    np.testing.assert_array_equal(attacked, x)
+
+
+def test_no_steps_is_the_identity(rng):
+    x = jnp.asarray(rng.uniform(0, 1, (5, *SHAPE)))
+    attacked = attacks.pgd(
+        linear(rng)[1], x, np.zeros(5, int), threat=Threat(), n_steps=0, step_size=0.1
+    )
+    np.testing.assert_array_equal(attacked, x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_reaches_the_optimum_of_a_linear_two_class_model(rng, norm):
+    """The worst point is x + eps * sign(w) (l_inf), x + eps * w / |w| (l2), w = w_1 - w_0."""
+    weights, logits = linear(rng, C=2)
+    slope = (weights[:, 1] - weights[:, 0]).reshape(SHAPE)
+    threat = Threat(norm, 0.2, low=-10, high=10)
+    x, y = jnp.asarray(rng.uniform(0, 1, (6, *SHAPE))), np.zeros(6, int)
+    best = jnp.sign(slope) if norm == "linf" else slope / jnp.sqrt((slope**2).sum())
+    attacked = attacks.pgd(logits, x, y, threat=threat, n_steps=10, step_size=0.1)
+    np.testing.assert_allclose(attacked, x + 0.2 * best, atol=1e-7)
+    attacked = attacks.fgsm(logits, x, y, threat=threat)
+    np.testing.assert_allclose(attacked, x + 0.2 * best, atol=1e-12)
+    # In the pixel range, l_inf: every pixel goes to the nearer of its two borders.
+    if norm == "linf":
+        attacked = attacks.pgd(logits, x, y, threat=Threat(norm, 0.2), n_steps=9, step_size=0.1)
+        np.testing.assert_allclose(attacked, jnp.clip(x + 0.2 * best, 0, 1), atol=1e-12)
+
+
+def test_integer_labels_equal_one_hot_labels(rng):
+    x, y = jnp.asarray(rng.uniform(0, 1, (6, *SHAPE))), rng.integers(0, 3, 6)
+    _, logits = linear(rng)
+    settings = {"threat": Threat("linf", 0.1), "n_steps": 3, "step_size": 0.05}
+    a = attacks.pgd(logits, x, y, **settings)
+    b = attacks.pgd(logits, x, np.eye(3)[y], **settings)
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_restarts_keep_the_worst(rng, norm):
+    """With no steps, each run is a random point: the answer is the worst of those points."""
+    x, y = jnp.asarray(rng.uniform(0, 1, (40, *SHAPE))), rng.integers(0, 3, 40)
+    _, logits = linear(rng)
+    threat, key = Threat(norm, 0.4), jax.random.key(3)
+
+    def attack(n_restarts):
+        return attacks.pgd(
+            logits, x, y, threat=threat, n_steps=0, step_size=0.1, n_restarts=n_restarts, key=key
+        )
+
+    def loss_and_wrong(points):
+        out = logits(points)
+        return attacks.cross_entropy(out, jax.nn.one_hot(y, 3)), out.argmax(1) != y
+
+    few, many = loss_and_wrong(attack(2)), loss_and_wrong(attack(8))
+    assert (many[1] | ~few[1]).all()  # what two restarts fool, eight fool
+    same = np.asarray(few[1] == many[1])
+    assert (many[0][same] >= few[0][same]).all()
+    assert many[0].mean() > few[0].mean()
+    assert attacks.distance(attack(8), x, norm).max() <= 0.4 + 1e-9
+
+
+def test_random_start_depends_on_the_key_alone(rng):
+    x, y = jnp.asarray(rng.uniform(0, 1, (4, *SHAPE))), np.zeros(4, int)
+    _, logits = linear(rng)
+    runs = [
+        attacks.pgd(
+            logits, x, y, threat=Threat(), n_steps=1, step_size=0.01, key=jax.random.key(seed)
+        )
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+def test_attack_on_a_kernel_machine_equals_attack_on_plain_autodiff(rng):
+    x_s, y_s = jnp.asarray(rng.uniform(0, 1, (20, *SHAPE))), jnp.asarray(rng.normal(size=(20, 3)))
+    machine = krr.fit(kernels.by_name("fc2"), x_s, y_s).machine
+    stax = kernels.stax_module()
+    dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * 2
+    net = stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))
+    x, y = jnp.asarray(rng.uniform(0, 1, (8, *SHAPE))), rng.integers(0, 3, 8)
+    settings = {"threat": Threat("linf", 0.2), "n_steps": 5, "step_size": 0.05}
+    ours = attacks.pgd(machine, x, y, **settings)
+    plain = attacks.pgd(lambda x: net[2](x, x_s, "ntk") @ machine.alpha, x, y, **settings)
+    np.testing.assert_allclose(ours, plain, atol=1e-12)
+    raised = attacks.cross_entropy(machine(ours), np.eye(3)[y])
+    assert (raised > attacks.cross_entropy(machine(x), np.eye(3)[y])).all()
+
+
+def test_losses_closed_form():
+    logits = jnp.asarray([[2.0, 0.0], [0.0, 0.0]])
+    targets = jnp.asarray([[1.0, 0.0], [0.25, 0.75]])
+    np.testing.assert_allclose(
+        attacks.cross_entropy(logits, targets), [np.log(1 + np.exp(-2)), np.log(2)], rtol=1e-12
+    )
+    np.testing.assert_allclose(attacks.mse(logits, targets), [0.5, 0.3125], rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 12])
+def test_in_batches_is_the_same_in_one_piece(rng, n):
+    x, y = rng.normal(size=(n, 2)), rng.normal(size=n)
+    result = attacks.in_batches(lambda a, b: a * b[:, None], x, y, batch_size=5)
+    np.testing.assert_array_equal(result, x * y[:, None])
+
+
+def test_input_gradient_norm_of_a_linear_model(rng):
+    weights, logits = linear(rng)
+    x, labels = jnp.asarray(rng.uniform(0, 1, (5, *SHAPE))), np.eye(3)[rng.integers(0, 3, 5)]
+    slope = (jax.nn.softmax(logits(x)) - labels) @ weights.T
+    np.testing.assert_allclose(
+        attacks.input_gradient_norm(logits, x, labels), jnp.linalg.norm(slope, axis=1), rtol=1e-10
+    )
+
+
+def test_bad_input(rng):
+    x, y = jnp.zeros((2, *SHAPE)), np.zeros(2, int)
+    logits = linear(rng)[1]
+    good = {"threat": Threat(), "n_steps": 1, "step_size": 0.1}
+    with pytest.raises(ValueError, match="expected norm 'linf' or 'l2'"):
+        Threat("l1", 0.1)
+    with pytest.raises(ValueError, match="pass 8/255"):
+        Threat("linf", 8)
+    with pytest.raises(ValueError, match="expected epsilon in pixel units"):
+        Threat("l2", -0.1)
+    with pytest.raises(ValueError, match="expected low < high"):
+        Threat("linf", 0.1, low=1, high=0)
+    with pytest.raises(ValueError, match="expected n_steps >= 0"):
+        attacks.pgd(logits, x, y, **{**good, "n_steps": -1})
+    with pytest.raises(ValueError, match="expected loss in"):
+        attacks.pgd(logits, x, y, **good, loss="hinge")
+    with pytest.raises(ValueError, match="expected a key for random restarts"):
+        attacks.pgd(logits, x, y, **good, n_restarts=2)
+    for bad in (x + 2, x - 1, x.at[0, 0, 0, 0].set(jnp.nan)):
+        with pytest.raises(ValueError, match="expected pixels in"):
+            attacks.pgd(logits, bad, y, **good)

@@ -1,0 +1,112 @@
+"""Every setting is typed and checked; params files say what is wrong with them."""
+
+import dataclasses
+
+import optax
+import pytest
+
+from advkip import attacks, config
+from advkip.config import Experiment
+
+
+def test_defaults_are_valid_and_json():
+    settings = Experiment().to_dict()
+    assert Experiment.from_params(settings) == Experiment()
+    assert settings["methods"] == ["adv-kip", "kip"]
+
+
+def test_integers_pass_as_floats_and_lists_as_tuples():
+    e = Experiment(epsilon=1, notebooks=["01_kernels"])
+    assert type(e.epsilon) is float
+    assert e.notebooks == ("01_kernels",)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"learning_rate": "1e-6"}, "learning_rate to be a finite float, got '1e-6'.*1.0e-6"),
+        ({"learning_rate": float("nan")}, "expected learning_rate to be a finite float"),
+        ({"epsilon": float("inf")}, "expected epsilon to be a finite float"),
+        ({"n_steps": 10.0}, "expected n_steps to be a finite int, got 10.0"),
+        ({"n_steps": True}, "expected n_steps to be a finite int, got True"),
+        ({"learn_labels": 1}, "expected learn_labels to be a finite bool, got 1"),
+        ({"notebooks": "01_kernels"}, "expected notebooks to be a list of strings"),
+        ({"name": "a/b"}, "expected name of letters"),
+        ({"dataset": "../mnist"}, "expected dataset to be a data set's name"),
+        ({"notebooks": []}, "expected notebooks not empty"),
+        ({"methods": ["rfd"]}, "expected methods a choice of"),
+        ({"kernel": "resnet"}, "expected kernel such as 'fc3'"),
+        ({"dtype": "float16"}, "expected dtype in"),
+        ({"norm": "l1"}, "expected norm in"),
+        ({"optimizer": "lbfgs"}, "expected optimizer in"),
+        ({"outer_loss": "hinge"}, "expected outer_loss in"),
+        ({"pgd_steps": -1}, "expected pgd_steps >= 0"),
+        ({"n_support": 0}, "expected n_support >= 1"),
+        ({"learning_rate": 0.0}, "expected learning_rate > 0"),
+        ({"diag_reg": -1e-6}, "expected diag_reg >= 0"),
+        ({"epsilon": 8.0, "step_size": 2.0}, r"expected epsilon in \[0, 1\] pixel units"),
+        ({"epsilon": 0.1, "step_size": 0.3}, "expected step_size <= 2 epsilon"),
+        ({"n_suport": 10}, r"expected known settings, got \['n_suport'\]"),
+    ],
+)
+def test_bad_values(change, match):
+    with pytest.raises(ValueError, match=match):
+        Experiment.from_params(change)
+
+
+def test_l2_radius_may_exceed_one():
+    assert Experiment(norm="l2", epsilon=1.5, step_size=0.2).epsilon == 1.5
+
+
+def test_files(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("name: x\nepsilon: 0.3\nstep_size: 0.1\n")
+    assert Experiment.from_file(path).epsilon == 0.3
+    overridden = Experiment.from_file(path, ["seed=3", "methods=[kip]", "epsilon=0.25"])
+    assert (overridden.seed, overridden.methods, overridden.epsilon) == (3, ("kip",), 0.25)
+    for text, match in (
+        ("epsilon: 1e-2", "x.yaml: expected epsilon to be a finite float, got '1e-2'"),
+        ("epsilom: 0.1", r"x.yaml: expected known settings, got \['epsilom'\]"),
+        ("seed: 1\nseed: 2", r"x.yaml: expected each key once, got \['seed'\] twice"),
+        ("- seed", "x.yaml: expected 'key: value' lines, got list"),
+        ("seed: [", "x.yaml: "),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            Experiment.from_file(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="expected key=value, got 'seed'"):
+        Experiment.from_file(path, ["seed"])
+
+
+def test_from_notebook_takes_settings_alone():
+    namespace = {"seed": 4, "kernel": "fc5", "np": config, "output": "here"}
+    assert Experiment.from_notebook(namespace) == Experiment(seed=4, kernel="fc5")
+
+
+def test_kip_has_no_inner_maximum_and_its_own_steps():
+    kip = Experiment(kip_steps=7, kip_learning_rate=0.5, logit_scale=10, patience=3).as_kip()
+    assert (kip.pgd_steps, kip.n_steps, kip.learning_rate, kip.label_learning_rate) == (
+        0, 7, 0.5, 0.5,
+    )  # fmt: skip
+    assert (kip.outer_loss, kip.logit_scale, kip.patience) == ("mse", 1.0, 0)
+
+
+def test_fingerprint_changes_with_what_matters():
+    e = Experiment()
+    for same in ({"n_steps": 500}, {"name": "y"}, {"n_test": 7}, {"data_dir": "d"}):
+        assert e.replace(**same).fingerprint() == e.fingerprint()
+    for other in ({"seed": 1}, {"learning_rate": 0.5}, {"kernel": "fc5"}, {"epsilon": 0.25}):
+        assert e.replace(**other).fingerprint() != e.fingerprint()
+    assert e.as_kip().fingerprint() != e.fingerprint()
+
+
+def test_names_exist_where_they_are_used():
+    assert set(config.LOSSES) == set(attacks.LOSSES)
+    for name in config.OPTIMIZERS:
+        getattr(optax, name)(1e-3)
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Experiment().seed = 1

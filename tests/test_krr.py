@@ -1,0 +1,154 @@
+"""Ridge regression against scikit-learn; the exact gradient against autodiff and differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.kernel_ridge import KernelRidge
+
+from advkip import attacks, kernels, krr
+
+DIAG_REG = 1e-3
+
+
+def problem(rng, dtype="float64", S=24, T=10, C=3, shape=(4, 4, 1)):
+    x_s, x_t = (jnp.asarray(rng.uniform(0, 1, (n, *shape)), dtype) for n in (S, T))
+    y_s = jnp.asarray(rng.normal(size=(S, C)), dtype)
+    y_t = jax.nn.one_hot(rng.integers(0, C, T), C, dtype=dtype)
+    return x_s, y_s, x_t, y_t
+
+
+def autodiff_gradient(kernel_fn, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG):
+    """What the engine avoids: autodiff through the kernel matrices and through the solve."""
+
+    def loss(x_s, y_s):
+        k_ss = kernel_fn(x_s, x_s)
+        ridge = diag_reg * jnp.trace(k_ss) / len(x_s)
+        alpha = jnp.linalg.solve(k_ss + ridge * jnp.eye(len(x_s), dtype=x_s.dtype), y_s)
+        return attacks.cross_entropy(kernel_fn(x_t, x_s) @ alpha, y_t).mean()
+
+    return jax.grad(loss, (0, 1))(x_s, y_s)
+
+
+def our_gradient(kernel, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG, block_size=0):
+    fitted = krr.fit(kernel, x_s, y_s, diag_reg=diag_reg, block_size=block_size)
+    g = jax.grad(lambda f: attacks.cross_entropy(f, y_t).mean())(fitted.machine(x_t))
+    return krr.support_gradient(fitted, x_t, g, diag_reg=diag_reg, block_size=block_size)
+
+
+def stax_kernel_fn(depth):
+    stax = kernels.stax_module()
+    layers = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * depth
+    network = stax.serial(stax.Flatten(), *layers, stax.Dense(1, W_std=2**0.5, b_std=0.1))
+    return lambda x, s: network[2](x, s, "ntk")
+
+
+def relative(a, b):
+    a, b = np.asarray(a, "float64"), np.asarray(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def test_fit_equals_scikit_learn(rng):
+    x_s, y_s, x_t, _ = problem(rng)
+    kernel = kernels.by_name("fc3")
+    fitted = krr.fit(kernel, x_s, y_s, diag_reg=DIAG_REG)
+    reference = KernelRidge(alpha=float(fitted.ridge), kernel="precomputed")
+    reference.fit(kernel(x_s, x_s), y_s)
+    np.testing.assert_allclose(
+        fitted.machine(x_t), reference.predict(kernel(x_t, x_s)), rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_allclose(fitted.ridge, DIAG_REG * kernel.diagonal(x_s).mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fc3", "conv1"])
+def test_gradient_equals_autodiff_through_the_solve(rng, name):
+    data = problem(rng, S=12 if name == "conv1" else 24)
+    kernel = kernels.by_name(name)
+    kernel_fn = stax_kernel_fn(3) if name == "fc3" else lambda x, s: kernel.kernel_fn(x, s, "ntk")
+    ours, expected = our_gradient(kernel, *data), autodiff_gradient(kernel_fn, *data)
+    assert relative(ours.x_support, expected[0]) < 1e-6
+    assert relative(ours.y_support, expected[1]) < 1e-6
+
+
+def test_float32_gradient_is_as_good_as_float32_autodiff(rng):
+    data = problem(rng, S=60, T=30)
+    exact = autodiff_gradient(stax_kernel_fn(3), *data)
+    # In double-precision mode neural_tangents would compute in float64 whatever it is given.
+    with jax.enable_x64(False):
+        single = [jnp.asarray(np.asarray(a), "float32") for a in data]
+        ours = our_gradient(kernels.by_name("fc3"), *single)
+        autodiff = autodiff_gradient(stax_kernel_fn(3), *single)
+    assert ours.x_support.dtype == autodiff[0].dtype == "float32"
+    for slot in (0, 1):
+        assert relative(ours[slot], exact[slot]) <= relative(autodiff[slot], exact[slot])
+
+
+def test_gradient_equals_finite_differences(rng):
+    x_s, y_s, x_t, y_t = problem(rng)
+    kernel = kernels.by_name("fc2")
+    dx, dy = rng.normal(size=x_s.shape), rng.normal(size=y_s.shape)
+
+    def loss(h):
+        machine = krr.fit(kernel, x_s + h * dx, y_s + h * dy, diag_reg=DIAG_REG).machine
+        return float(attacks.cross_entropy(machine(x_t), y_t).mean())
+
+    ours = our_gradient(kernel, x_s, y_s, x_t, y_t)
+    slope = float((ours.x_support * dx).sum() + (ours.y_support * dy).sum())
+    assert slope == pytest.approx((loss(1e-5) - loss(-1e-5)) / 2e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 24, 100])
+def test_block_size_never_changes_the_result(rng, block_size):
+    data = problem(rng)
+    kernel = kernels.by_name("fc3")
+    whole, blocks = our_gradient(kernel, *data), our_gradient(kernel, *data, block_size=block_size)
+    np.testing.assert_allclose(blocks.x_support, whole.x_support, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(blocks.y_support, whole.y_support, rtol=1e-8, atol=1e-12)
+
+
+def test_lower_gram_is_the_lower_triangle(rng):
+    x_s = problem(rng)[0]
+    kernel = kernels.by_name("fc3")
+    for size in (0, 5, 24):
+        k = krr.lower_gram(kernel, x_s, block_size=size)
+        expected = np.array(kernel(x_s, x_s))
+        np.fill_diagonal(expected, kernel.diagonal(x_s))
+        np.testing.assert_allclose(np.tril(k), np.tril(expected), rtol=1e-12)
+
+
+def test_machine_is_differentiable(rng):
+    x_s, y_s, x_t, _ = problem(rng)
+    kernel = kernels.by_name("fc3")
+    machine = krr.fit(kernel, x_s, y_s).machine
+    w = jnp.asarray(rng.normal(size=(len(x_t), y_s.shape[1])))
+    reference = stax_kernel_fn(3)
+
+    def logits(x, s, alpha):
+        return (reference(x, s) @ alpha * w).sum()
+
+    expected = jax.grad(logits, (0, 1, 2))(x_t, x_s, machine.alpha)
+    ours = jax.grad(lambda x, m: (m(x) * w).sum(), (0, 1))(x_t, machine)
+    assert relative(ours[0], expected[0]) < 1e-6
+    assert relative(ours[1].x_support, expected[1]) < 1e-6
+    assert relative(ours[1].alpha, expected[2]) < 1e-10
+
+
+def test_near_singular_support_is_refused_with_a_way_out(rng):
+    x_s, y_s, *_ = problem(rng, "float32", S=60, shape=(2, 2, 1))
+    x_s = jnp.concatenate([x_s, x_s])
+    y_s = jnp.concatenate([y_s, y_s])
+    kernel = kernels.by_name("fc1")
+    with pytest.raises(FloatingPointError, match="larger diag_reg"):
+        krr.fit(kernel, x_s, y_s, diag_reg=0.0)
+    assert jnp.isfinite(krr.fit(kernel, x_s, y_s, diag_reg=1e-2).machine(x_s)).all()
+
+
+def test_bad_input(rng):
+    x_s, y_s, *_ = problem(rng)
+    kernel = kernels.by_name("fc1")
+    with pytest.raises(ValueError, match=r"expected x_support \(S, ...\) and y_support \(S, C\)"):
+        krr.fit(kernel, x_s, y_s[:-1])
+    with pytest.raises(ValueError, match="expected diag_reg >= 0"):
+        krr.fit(kernel, x_s, y_s, diag_reg=-1.0)
+    with pytest.raises(ValueError, match="expected finite x_support"):
+        krr.fit(kernel, x_s.at[0].set(jnp.nan), y_s)
