@@ -43,7 +43,7 @@ bench: install  ## one outer step against the plain neural_tangents way
 	$(BIN)/python -m tests.bench
 
 readme: install  ## the README's results table from reports/
-	$(BIN)/python -m advkip.records README.md reports/*/results.json
+	$(BIN)/python -m advkip.records README.md $$(git ls-files "reports/*/results.json")
 
 notebooks: install  ## notebooks/*.ipynb from notebooks/*.py
 	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb $$n; done

@@ -86,7 +86,8 @@ def load(name, folder=""):
 def from_npz(path):
     """A data set from a .npz file, checked; see the module's text for its keys.
 
-    Distilled sets (`distill.save`) have label vectors; their classes are the largest entries.
+    Distilled sets (`distill.save`) have label vectors, whose classes are the largest entries, and
+    training images that may leave [0, 1]; they are known by their key `experiment`.
 
     Raises:
       ValueError: what is wrong with the file, and what was expected.
@@ -97,13 +98,16 @@ def from_npz(path):
             if missing:
                 raise ValueError(f"expected keys {list(KEYS)}, got {file.files} without {missing}")
             arrays = {key: file[key] for key in KEYS}
+            distilled = "experiment" in file.files
     except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
         raise ValueError(
             f"{path}: {error}; pass a .npz written by numpy.savez, with plain "
             "arrays and no Python objects"
         ) from None
     try:
-        x_train, y_train = _checked(arrays["x_train"], arrays["y_train"], "train")
+        x_train, y_train = _checked(
+            arrays["x_train"], arrays["y_train"], "train", in_range=not distilled
+        )
         x_test, y_test = _checked(arrays["x_test"], arrays["y_test"], "test")
         if x_train.shape[1:] != x_test.shape[1:]:
             raise ValueError(
@@ -118,7 +122,7 @@ def from_npz(path):
     return Dataset(x_train, y_train, x_test, y_test, n_classes)
 
 
-def _checked(x, y, part):
+def _checked(x, y, part, *, in_range=True):
     """Images as (N, H, W, C) and integer labels (N,), or a ValueError."""
     if x.ndim == 3:
         x = x[..., None]
@@ -132,7 +136,8 @@ def _checked(x, y, part):
             raise ValueError(
                 f"expected x_{part} as uint8 or float, got {x.dtype}; pass x.astype('uint8')"
             )
-        if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 1):
+        outside = in_range and (x.min() < 0 or x.max() > 1)
+        if outside or not np.isfinite(x).all():
             raise ValueError(
                 f"expected float x_{part} in [0, 1], got [{np.min(x):.4g}, {np.max(x):.4g}]; "
                 "pass pixels divided by 255 (not standardised), or as uint8"

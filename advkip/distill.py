@@ -38,7 +38,10 @@ class Distilled(NamedTuple):
 
 
 class DivergedError(FloatingPointError):
-    """The loss diverged; `distilled` holds the best support before that."""
+    """A run cannot go on: its loss diverged, a gradient is NaN, or K_SS is not positive definite.
+
+    The message says what to change; `distilled` holds the best support before that.
+    """
 
     def __init__(self, message, distilled):
         super().__init__(message)
@@ -73,8 +76,8 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
       A `Distilled`.
 
     Raises:
-      DivergedError: the loss is not finite or too large.
-      FloatingPointError: K_SS is not positive definite (see `krr.fit`).
+      DivergedError: the loss or its gradient is not finite, the loss is too large, or K_SS is not
+        positive definite (see `krr.fit`); it holds the best support so far.
       ValueError: float64 without `kernels.set_precision`, or a checkpoint beyond n_steps.
     """
     if kernel is None:
@@ -109,16 +112,12 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
                 if path and state.step - saved >= experiment.checkpoint_every:
                     _save_state(path, state, experiment)
                     saved = state.step
-        except FloatingPointError as error:
+        except (FloatingPointError, KeyboardInterrupt) as error:
             if path:
                 _save_state(path, state, experiment)
-            if isinstance(error, DivergedError):
-                raise DivergedError(str(error), _result(state, initial, "diverged")) from None
-            raise
-        except KeyboardInterrupt:
-            if path:
-                _save_state(path, state, experiment)
-            raise
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise DivergedError(str(error), _result(state, initial, "diverged")) from error
     if path:
         _save_state(path, state, experiment)
     return _result(state, initial, reason)
@@ -172,19 +171,25 @@ class _Run:
         loss = float(loss)
         first = state.history[0]["loss"] if state.history else loss
         if not loss <= DIVERGED * max(1.0, first):
-            raise DivergedError(
+            raise FloatingPointError(
                 f"expected a finite loss near {first:.3g}, got {loss:.3g} at step {state.step}; "
                 "pass a smaller learning_rate or a larger diag_reg (the best support so far is "
-                "kept in the error's `distilled` and in the checkpoint)", None,
-            )  # fmt: skip
+                "kept in the error's `distilled` and in the checkpoint)"
+            )
 
         last = state.step == e.n_steps
-        if state.step % e.eval_every == 0 or last:
+        seen = state.history and state.history[-1]["step"] == state.step
+        if (state.step % e.eval_every == 0 or last) and not seen:
             state = self.look(state, fitted.machine, loss)
         if not (last or self.finished(state)):
             gradient = krr.support_gradient(
                 fitted, x_target, g, diag_reg=e.diag_reg, block_size=e.block_size
             )
+            if not jnp.isfinite(gradient.x_support).all():
+                raise FloatingPointError(
+                    f"expected a finite gradient, got NaN or infinity at step {state.step}; pass "
+                    "a larger diag_reg, a smaller learning_rate or dtype 'float64'"
+                )
             state = self.update(state, gradient)
         jax.block_until_ready(state.support)
         return state._replace(seconds=state.seconds + time.perf_counter() - began)

@@ -1,0 +1,315 @@
+"""Algorithm 1 against a plain reference; resume, early stopping, and what stops a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from advkip import attacks, data, distill, kernels, krr
+from advkip.config import Experiment
+
+SMALL = Experiment(
+    n_support=30, n_target=25, n_validation=40, n_test=50, n_steps=6, eval_every=2,
+    checkpoint_every=2, pgd_steps=3, eval_pgd_steps=3, kernel="fc2", learning_rate=0.01,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def run(experiment, digits, **options):
+    return distill.distill(experiment, data.split(digits, experiment), progress=False, **options)
+
+
+def without_clock(history):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in history]
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(a.x_support, b.x_support)
+    np.testing.assert_array_equal(a.y_support, b.y_support)
+    assert without_clock(a.history) == without_clock(b.history)
+    assert (a.step, a.stopped) == (b.step, b.stopped)
+
+
+def reference(experiment, splits, n_steps):
+    """Algorithm 1 word for word: neural_tangents kernels, autodiff through solve and kernels."""
+    stax = kernels.stax_module()
+    dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * 2
+    net = stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))[2]
+
+    def predict(x, support):
+        x_s, y_s = support
+        k_ss = net(x_s, x_s, "ntk")
+        ridge = experiment.diag_reg * jnp.trace(k_ss) / len(x_s) * jnp.eye(len(x_s))
+        return net(x, x_s, "ntk") @ jnp.linalg.solve(k_ss + ridge, y_s)
+
+    def loss(x, labels, support, name):
+        return attacks.LOSSES[name](predict(x, support), labels).mean()
+
+    support = tuple(map(jnp.asarray, distill.initial_support(experiment, splits)))
+    adam = optax.adam(experiment.learning_rate)
+    memory = adam.init(support)
+    for step in range(n_steps):
+        index = data.generator(experiment.seed, "target", step).choice(
+            len(splits.x_pool), experiment.n_target, replace=False, shuffle=False
+        )
+        x_0, y = splits.x_pool[index], splits.y_pool[index]
+        x = jnp.asarray(x_0)
+        for _ in range(experiment.pgd_steps):
+            slope = jax.grad(loss)(x, jnp.eye(10)[y], support, "cross-entropy")
+            length = experiment.epsilon if experiment.pgd_steps == 1 else experiment.step_size
+            x = jnp.clip(
+                x + length * jnp.sign(slope), x_0 - experiment.epsilon, x_0 + experiment.epsilon
+            )
+            x = jnp.clip(x, 0, 1)
+        labels = jnp.eye(10)[y] - (0.1 if experiment.outer_loss == "mse" else 0)
+        slope = jax.grad(loss, 2)(x, labels, support, experiment.outer_loss)
+        changes, memory = adam.update(slope, memory)
+        support = optax.apply_updates(support, changes)
+    return support
+
+
+@pytest.mark.parametrize("pgd_steps", [0, 1, 3])
+@pytest.mark.parametrize("outer_loss", ["cross-entropy", "mse"])
+def test_equals_algorithm_1_word_for_word(digits, pgd_steps, outer_loss):
+    """With pgd_steps 0 this is KIP. The ridge keeps K_SS well-conditioned, so that rounding in
+    neural_tangents' diagonal (1e-8) stays small; Adam divides by the gradient's size, hence
+    1e-4 of the learning rate."""
+    e = SMALL.replace(
+        dtype="float64", pgd_steps=pgd_steps, outer_loss=outer_loss, diag_reg=1e-3, n_steps=3,
+        n_target=15, n_support=20, eval_every=3,
+    )  # fmt: skip
+    splits = data.split(digits, e)
+    x, y = reference(e, splits, 3)
+    runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+    state = runner.start(distill.initial_support(e, splits))
+    for _ in range(3):
+        state = runner.advance(state)
+    assert state.step == 3
+    np.testing.assert_allclose(state.support[0], x, atol=1e-4 * e.learning_rate)
+    np.testing.assert_allclose(state.support[1], y, atol=1e-4 * e.learning_rate)
+    assert np.abs(x - splits.x_support).max() > e.learning_rate
+
+
+def test_kip_equals_algorithm_1_with_no_inner_steps(digits):
+    e = SMALL.replace(kip_steps=4, kip_learning_rate=0.02)
+    by_hand = SMALL.replace(
+        pgd_steps=0, n_steps=4, outer_loss="mse", learning_rate=0.02, label_learning_rate=0.02
+    )
+    assert_same(run(e.as_kip(), digits), run(by_hand, digits))
+
+
+def test_loss_falls_and_robust_accuracy_rises(digits):
+    e = SMALL.replace(n_steps=60, n_support=80, n_target=80, n_validation=200, eval_every=20)
+    history = run(e, digits).history
+    assert history[-1]["loss"] < history[0]["loss"] - 0.05
+    assert history[-1]["pgd"] > history[0]["pgd"] + 0.1
+    assert [line["step"] for line in history] == [0, 20, 40, 60]
+    assert set(history[0]) == {
+        "step", "loss", "clean", "fgsm", "pgd", "gradient_norm", "seconds",
+    }  # fmt: skip
+    assert all(np.isfinite(list(line.values())).all() for line in history)
+
+
+def test_same_seed_same_bits(digits):
+    assert_same(run(SMALL, digits), run(SMALL, digits))
+    other = run(SMALL.replace(seed=1), digits)
+    assert not np.array_equal(run(SMALL, digits).x_support, other.x_support)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, interruption):
+    """KeyboardInterrupt writes a checkpoint; SystemExit stands for a kill, which cannot."""
+    whole = run(SMALL, digits)
+    target = distill._Run.target
+
+    def cut_off(self, step):
+        if step == 5:
+            raise interruption
+        return target(self, step)
+
+    monkeypatch.setattr(distill._Run, "target", cut_off)
+    with pytest.raises(interruption):
+        run(SMALL, digits, checkpoint_dir=tmp_path)
+    monkeypatch.undo()
+    (path,) = tmp_path.glob("checkpoint-*.npz")
+    saved = json.loads(str(np.load(path)["notes"]))["step"]
+    assert saved == {KeyboardInterrupt: 5, SystemExit: 4}[interruption]
+    resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
+    assert_same(resumed, whole)
+    assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), whole)  # finished: nothing to do
+
+
+def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
+    run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
+    assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), run(SMALL, digits))
+    with pytest.raises(ValueError, match="expected a checkpoint of at most 4 steps, got 6"):
+        run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
+
+
+def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):
+    run(SMALL, digits, checkpoint_dir=tmp_path)
+    other = SMALL.replace(learning_rate=0.02)
+    assert_same(run(other, digits, checkpoint_dir=tmp_path), run(other, digits))
+
+
+def test_unreadable_checkpoint(digits, tmp_path):
+    (tmp_path / f"checkpoint-{SMALL.fingerprint()}.npz").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="delete the file to start again"):
+        run(SMALL, digits, checkpoint_dir=tmp_path)
+
+
+def test_early_stopping_keeps_the_best(digits, monkeypatch):
+    scores = iter([0.1, 0.5, 0.3, 0.4, 0.6])
+    supports = []
+    look = distill._Run.look
+
+    def scripted(self, state, machine, loss):
+        supports.append(np.asarray(state.support[0]))
+        new = look(self, state._replace(best_score=2.0), machine, loss)
+        line = {**new.history[-1], "pgd": next(scores)}
+        new = new._replace(history=(*new.history[:-1], line), best_score=state.best_score)
+        if line["pgd"] > new.best_score:
+            new = new._replace(best=state.support, best_step=state.step, best_score=line["pgd"])
+        return new
+
+    monkeypatch.setattr(distill._Run, "look", scripted)
+    result = run(SMALL.replace(n_steps=40, patience=4), digits)
+    assert (result.stopped, result.step) == ("patience", 2)
+    assert [line["step"] for line in result.history] == [0, 2, 4, 6]
+    np.testing.assert_array_equal(result.x_support, supports[1])
+
+
+def test_best_is_the_line_with_the_highest_robust_accuracy(digits):
+    result = run(SMALL.replace(n_steps=30, learning_rate=0.05), digits)
+    best = max(result.history, key=lambda line: line["pgd"])
+    assert result.step == best["step"]
+
+
+def test_fixed_labels_clipped_support_l2_sgd(digits):
+    fixed = run(SMALL.replace(learn_labels=False), digits)
+    np.testing.assert_array_equal(fixed.y_support, fixed.y_initial)
+    clipped = run(SMALL.replace(clip_support=True, learning_rate=0.3), digits)
+    assert 0 <= clipped.x_support.min() <= clipped.x_support.max() <= 1
+    for change in ({"norm": "l2", "epsilon": 1.0, "step_size": 0.25}, {"optimizer": "sgd"}):
+        result = run(SMALL.replace(**change), digits)
+        assert np.isfinite(result.x_support).all()
+        assert not np.array_equal(result.x_support, result.x_initial) or result.step == 0
+
+
+def test_own_learning_rate_of_the_labels(digits):
+    """One step of sgd moves labels in proportion to their own learning rate."""
+    moves = {}
+    for rate in (1e-3, 2e-3):
+        e = SMALL.replace(
+            optimizer="sgd", label_learning_rate=rate, n_steps=1, eval_every=1, dtype="float64"
+        )
+        splits = data.split(digits, e)
+        runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+        start = runner.start(distill.initial_support(e, splits))
+        end = runner.advance(start)
+        moves[rate] = [np.asarray(b - a) for a, b in zip(start.support, end.support, strict=True)]
+    np.testing.assert_allclose(moves[2e-3][1], 2 * moves[1e-3][1], rtol=1e-6)
+    np.testing.assert_allclose(moves[2e-3][0], moves[1e-3][0])
+
+
+def test_logit_scale_scales_the_logits_of_both_losses(digits):
+    """Labels ten times as large are the same as logits ten times as large."""
+    e = SMALL.replace(dtype="float64", learn_labels=False, n_steps=3, eval_every=3)
+    splits = data.split(digits, e)
+    runs = []
+    for scale, factor in ((10.0, 1), (1.0, 10)):
+        runner = distill._Run(e.replace(logit_scale=scale), splits, kernels.by_name(e.kernel))
+        x, y = distill.initial_support(e, splits)
+        state = runner.start((x, factor * y))
+        for _ in range(3):
+            state = runner.advance(state)
+        runs.append(np.asarray(state.support[0]))
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-9)
+
+
+def test_divergence_stops_and_keeps_the_best(digits, tmp_path):
+    e = SMALL.replace(optimizer="sgd", learning_rate=1e9, label_learning_rate=1e9)
+    with pytest.raises(distill.DivergedError, match="pass a smaller learning_rate") as error:
+        run(e, digits, checkpoint_dir=tmp_path)
+    kept = error.value.distilled
+    np.testing.assert_array_equal(kept.x_support, kept.x_initial)
+    assert kept.stopped == "diverged"
+    assert list(tmp_path.glob("checkpoint-*.npz"))
+
+
+def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
+    def broken(fitted, *_, **__):
+        x, y = fitted.machine.x_support, fitted.machine.alpha
+        return krr.SupportGradient(x * np.nan, y)
+
+    monkeypatch.setattr(krr, "support_gradient", broken)
+    with pytest.raises(distill.DivergedError, match="expected a finite gradient") as error:
+        run(SMALL, digits)
+    assert np.isfinite(error.value.distilled.x_support).all()
+
+
+def test_not_positive_definite_says_what_to_change(digits):
+    same = SMALL.replace(diag_reg=0.0, kernel="fc1")
+    splits = data.split(digits, same)
+    doubled = splits._replace(
+        x_support=np.repeat(splits.x_support[:1], 30, 0), y_support=splits.y_support
+    )
+    with pytest.raises(distill.DivergedError, match="larger diag_reg") as error:
+        distill.distill(same, doubled, progress=False)
+    np.testing.assert_array_equal(error.value.distilled.x_support, doubled.x_support)
+
+
+def test_a_nan_image_is_refused(digits):
+    splits = data.split(digits, SMALL)
+    splits.x_support[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="expected finite x_support"):
+        distill.distill(SMALL, splits, progress=False)
+
+
+def test_float64_wants_double_precision(digits):
+    with jax.enable_x64(False), pytest.raises(ValueError, match="kernels.set_precision"):
+        run(SMALL.replace(dtype="float64"), digits)
+    assert run(SMALL.replace(dtype="float64"), digits).x_support.dtype == "float64"
+    assert run(SMALL, digits).x_support.dtype == "float32"
+
+
+def test_a_kernel_of_ones_own(digits):
+    stax = kernels.stax_module()
+    network = stax.serial(stax.Flatten(), stax.Dense(1), stax.Erf(), stax.Dense(1))
+    result = run(SMALL.replace(n_steps=2), digits, kernel=kernels.Stax(network[2]))
+    assert np.isfinite(result.x_support).all()
+    assert result.history[-1]["clean"] > 0.5
+
+
+def test_saved_set_is_a_data_set_with_its_settings(digits, tmp_path):
+    e = SMALL.replace(learning_rate=0.3)
+    result = run(e, digits)
+    distill.save(tmp_path / "robust.npz", result, e, digits)
+    assert result.x_support.min() < 0  # the support is not clipped, and is read all the same
+    loaded = data.load("robust", tmp_path)
+    np.testing.assert_array_equal(loaded.x_train, result.x_support)
+    np.testing.assert_array_equal(loaded.y_train, result.y_support.argmax(1))
+    np.testing.assert_array_equal(loaded.x_test, digits.x_test)
+    with np.load(tmp_path / "robust.npz", allow_pickle=False) as file:
+        assert Experiment.from_params(json.loads(str(file["experiment"]))) == e
+        np.testing.assert_array_equal(file["y_train"], result.y_support)
+
+
+def test_real_mnist_becomes_robust(shared_data):
+    """From nothing to something on real images: PGD accuracy starts near 0 and rises."""
+    e = Experiment(
+        dataset="mnist", n_support=300, n_target=150, n_validation=200, n_test=10, kernel="fc3",
+        epsilon=0.3, step_size=0.1, pgd_steps=10, eval_pgd_steps=10, n_steps=40, eval_every=40,
+    )  # fmt: skip
+    mnist = data.load("mnist", shared_data)
+    history = distill.distill(e, data.split(mnist, e), progress=False).history
+    assert history[0]["pgd"] <= 0.02
+    assert history[-1]["pgd"] >= 0.1
+    assert history[-1]["clean"] >= 0.8

@@ -1,0 +1,61 @@
+"""Every figure draws what it is given, and is saved as a PNG."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from advkip import figures
+
+HISTORY = [
+    {"step": 10 * i, "loss": 2.0, "clean": 0.9 - 0.01 * i, "fgsm": 0.1 * i, "pgd": 0.05 * i,
+     "gradient_norm": 0.3 - 0.01 * i, "seconds": 1.0 * i}
+    for i in range(5)
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_training_curves_show_the_history():
+    figure = figures.training_curves({"adv-kip": HISTORY, "kip": HISTORY[:2]})
+    first, second = figure.axes
+    assert [line.get_label() for line in first.lines] == ["clean", "FGSM", "PGD"]
+    np.testing.assert_allclose(first.lines[2].get_xydata(), [(10 * i, 5 * i) for i in range(5)])
+    assert len(second.lines[0].get_xdata()) == 2
+
+
+def test_gradient_norms_and_trade_off_show_the_history():
+    (axis,) = figures.gradient_norms({"adv-kip": HISTORY}).axes
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.3, 0.29, 0.28, 0.27, 0.26])
+    (axis,) = figures.trade_off({"adv-kip": HISTORY}).axes
+    np.testing.assert_allclose(axis.lines[0].get_xydata()[1], [89, 5])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images(rng, channels):
+    x, labels = rng.uniform(0, 1, (25, 6, 6, channels)), np.eye(10)[np.arange(25) % 10]
+    figure = figures.before_and_after(x, labels, x + 0.2, labels - 0.1)
+    assert len(figure.axes) == 40
+    assert [axis.get_title() for axis in figure.axes[:10]] == [f"class {c}" for c in range(10)]
+    difference = figure.axes[20].images[0]
+    np.testing.assert_allclose(difference.get_array(), 0.2, rtol=1e-12)
+    assert difference.get_clim() == pytest.approx((-0.2, 0.2))
+    figure = figures.attacked_images(x[:3], x[:3], ["a", "b", "c"])
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["a", "b", "c"]
+
+
+def test_curves():
+    (axis,) = figures.kernel_profile(np.array([1.0, 0.0]), {"fc3": np.array([1.0, 0.4])}).axes
+    np.testing.assert_allclose(axis.lines[0].get_xydata(), [(0, 1), (90, 0.4)], atol=1e-12)
+    (axis,) = figures.accuracy_against_epsilon([0, 0.3], {"original": [0.9, 0.1]}).axes
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [90, 10])
+
+
+def test_save(tmp_path):
+    figure = figures.trade_off({"kip": HISTORY})
+    assert figures.save(figure, tmp_path / "new", "trade_off") is figure
+    assert (tmp_path / "new" / "trade_off.png").read_bytes()[:4] == b"\x89PNG"
+    assert not plt.get_fignums()

@@ -1,0 +1,114 @@
+"""The layout of results.json, the tables made from it, and the README's."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from advkip import records
+from advkip.config import Experiment
+from advkip.evaluate import Outcome
+
+ROOT = Path(__file__).parents[1]
+
+
+def outcome(attack, accuracy):
+    robust = np.arange(100) < round(100 * accuracy)
+    return Outcome(attack, "linf", 0.3, accuracy, accuracy, robust, np.zeros((0, 8, 8, 1)))
+
+
+def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
+    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10, seed=seed, **settings)
+    recorder = records.Recorder(experiment, folder, notebook)
+    outcomes = [outcome("clean", 0.9), outcome("pgd10", accuracy)]
+    recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
+    return recorder.write()
+
+
+def test_layout(tmp_path):
+    record = write(tmp_path)
+    assert records.read(tmp_path / "results.json") == record
+    assert set(record) == {"experiment", "environment", "rows"}
+    assert record["experiment"]["n_support"] == 5000
+    assert set(record["environment"]) >= {"versions", "commit", "device", "seconds"}
+    assert record["environment"]["versions"]["jax"]
+    row = record["rows"][1]
+    assert set(row) >= set(records.ROW_KEYS)
+    assert (row["attack"], row["accuracy"], row["n_test"], row["seed"]) == ("pgd10", 0.4, 100, 0)
+
+
+def test_notebooks_share_a_file(tmp_path):
+    write(tmp_path, notebook="01_kernels")
+    write(tmp_path, notebook="02_transfer")
+    again = write(tmp_path, notebook="01_kernels", accuracy=0.5)
+    assert sorted({row["notebook"] for row in again["rows"]}) == ["01_kernels", "02_transfer"]
+    assert len(again["rows"]) == 4
+    assert [r["accuracy"] for r in again["rows"] if r["notebook"] == "01_kernels"] == [0.9, 0.5]
+    assert set(again["environment"]["seconds"]) == {"01_kernels", "02_transfer"}
+    other = write(tmp_path, notebook="02_transfer", seed=1)  # other settings: nothing is mixed
+    assert len(other["rows"]) == 2
+
+
+def test_table_sets_the_paper_beside_ours(tmp_path):
+    text = records.table([write(tmp_path)], tables=("1", "9"))
+    lines = text.splitlines()
+    assert lines[0] == "| mnist | model | n_support | trained on | clean | pgd10 | fgsm |"
+    assert lines[2] == "| ours | kernel:fc3 | 5,000 | adv-kip | 90.00 | 40.00 |  |"
+    assert "| paper, Table 1 | kernel:conv3 | 5,000 | adv-kip | 96.31 | 76.62 | 94.82 |" in lines
+    assert "| paper, Table 9 | kernel:fc3 | 5,000 | kip | 97.51 ± 0.03 |  | 0.00 ± 0.00 |" in lines
+    assert "cifar10" not in text
+
+
+def test_seeds_become_mean_and_std(tmp_path):
+    found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
+    assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in records.table(found)
+
+
+def test_the_papers_numbers():
+    """Every kernel row of the paper's Tables 1, 2 and 9."""
+    assert [row[0] for row in records.PAPER] == ["1"] * 2 + ["2"] * 2 + ["9"] * 5
+    cells = {row[:5]: row[5] for row in records.PAPER}
+    assert cells["1", "mnist", "fc7", 30000, "adv-kip"]["pgd10"] == 50.34
+    assert cells["2", "cifar10", "fc3", 40000, "adv-kip"] == {
+        "clean": 59.95, "fgsm": 21.67, "pgd6": 21.56,
+    }  # fmt: skip
+    assert cells["9", "cifar10", "fc3", 10000, "kip"]["clean"] == (54.04, 0.41)
+
+
+def test_bad_records(tmp_path):
+    path = tmp_path / "results.json"
+    record = write(tmp_path)
+    for change, match in (
+        ({"rows": None}, "expected the key 'rows'"),
+        ({"rows": [{**record["rows"][0], "accuracy": 90.0}]}, r"expected accuracy in \[0, 1\]"),
+        ({"rows": [{**record["rows"][0], "seed": "0"}]}, r"expected seed \(int\) in each row"),
+    ):
+        broken = {k: v for k, v in {**record, **change}.items() if v is not None}
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=match):
+            records.read(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="results.json: "):
+        records.read(path)
+
+
+def test_committed_records_are_whole_and_the_readme_shows_them():
+    listed = ["git", "-C", ROOT, "ls-files", "reports/*/results.json"]
+    out = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in out.split()]
+    assert paths
+    for path in paths:
+        record = records.read(path)
+        assert record["experiment"]["name"] == path.parent.name
+        assert record["environment"]["commit"]
+        assert not record["environment"]["commit"].endswith("+")
+    readme = ROOT / "README.md"
+    assert records.update_readme(readme, paths) == readme.read_text()
+
+
+def test_readme_without_marks(tmp_path):
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match="add them"):
+        records.update_readme(tmp_path / "README.md", [])
