@@ -34,6 +34,7 @@ lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 test: install  ## ruff, pytest, and the notebooks on their small defaults
+	rm -rf reports/scratch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest

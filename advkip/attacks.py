@@ -127,10 +127,16 @@ def pgd(
         raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
     if n_restarts > 1 and key is None:
         raise ValueError("expected a key for random restarts, got None; pass jax.random.key(seed)")
-    x = jnp.asarray(x)
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    integers = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer)
+    if len(y) != len(x) or not (integers or y.ndim == 2):
+        raise ValueError(
+            f"expected y of {len(x)} integers or distributions, got shape {y.shape} of {y.dtype}; "
+            "pass one label an image"
+        )
     check_images(x, threat)
     logits_fn = _as_pytree(logits_fn)
-    return _pgd(logits_fn, x, jnp.asarray(y), step_size, key, threat, n_steps, loss, n_restarts)
+    return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
 
 
 def check_images(x, threat):

@@ -11,7 +11,7 @@ import types
 
 import jax
 
-SUPPORTED_JAX = ((0, 4, 20), (0, 10, 2))
+SUPPORTED_JAX = ((0, 10, 2), (0, 10, 2))
 """Oldest and newest JAX versions, both included, on which this module is known to work."""
 
 
@@ -38,7 +38,7 @@ def check_version(version):
     low, high = SUPPORTED_JAX
     if not low <= tuple(version[:3]) <= high:
         raise ImportError(
-            f"expected JAX {_dotted(low)} to {_dotted(high)} for neural_tangents 0.6.5, got "
+            f"expected JAX from {_dotted(low)} to {_dotted(high)} for neural_tangents 0.6.5, got "
             f"{_dotted(version[:3])}; install `jax=={_dotted(high)}`, or use the closed-form "
             "kernels (fc1, fc2, ...), which do not need neural_tangents"
         )
@@ -53,27 +53,27 @@ def _restore_names():
     from jax.interpreters import ad
 
     for name in ("Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var"):
-        _set_if_missing(jax.core, name, getattr(jax.extend.core, name))
+        _set_if_missing(jax.core, name, lambda name=name: getattr(jax.extend.core, name))
     # Without it, gradients of nt.predict with respect to training inputs leak tracers.
-    _set_if_missing(jax.core, "eval_context", jax.ensure_compile_time_eval)
+    _set_if_missing(jax.core, "eval_context", lambda: jax.ensure_compile_time_eval)
     # Used by neural_tangents as a dictionary key only, so any new Primitive serves.
-    _set_if_missing(ad, "zeros_like_p", jax.extend.core.Primitive("zeros_like"))
+    _set_if_missing(ad, "zeros_like_p", lambda: jax.extend.core.Primitive("zeros_like"))
 
     if not hasattr(jax, "util"):
         sys.modules["jax.util"] = jax.util = types.ModuleType("jax.util")
-    _set_if_missing(jax.util, "safe_map", _safe_map)
-    _set_if_missing(jax.util, "safe_zip", _safe_zip)
+    _set_if_missing(jax.util, "safe_map", lambda: _safe_map)
+    _set_if_missing(jax.util, "safe_zip", lambda: _safe_zip)
 
     # The experimental part needs TensorFlow; an empty module stands in for it.
     name = "neural_tangents.experimental"
     sys.modules.setdefault(name, types.ModuleType(name))
 
 
-def _set_if_missing(module, name, value):
+def _set_if_missing(module, name, make):
     try:
         getattr(module, name)
     except AttributeError:
-        setattr(module, name, value)
+        setattr(module, name, make())
 
 
 def _safe_zip(*sequences):

@@ -18,6 +18,9 @@ OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rmsprop"
 LOSSES = ("cross-entropy", "mse")
 METHODS = ("adv-kip", "kip")
 
+OUTER_SETTINGS = ("notebooks", "data_dir", "block_size", "checkpoint_every")
+"""Settings that no result depends on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -143,12 +146,18 @@ class Experiment:
         Raises:
           ValueError: an unknown key, a value of another type, or an impossible value.
         """
-        unknown = sorted(set(params) - set(field_names()))
+        unknown = sorted(map(str, set(params) - set(field_names())))
         if unknown:
             raise ValueError(
                 f"expected known settings, got {unknown}; pass a choice of {field_names()}"
             )
-        return cls(**params)
+        experiment = cls(**params)
+        if experiment.pgd_steps == 0 and "adv-kip" in experiment.methods:
+            raise ValueError(
+                "expected pgd_steps >= 1 for the method 'adv-kip', got 0; pass methods ['kip'], "
+                "which is Algorithm 1 with no inner steps"
+            )
+        return experiment
 
     @classmethod
     def from_notebook(cls, namespace):
@@ -159,15 +168,19 @@ class Experiment:
     def from_file(cls, path, overrides=()):
         """An experiment from a YAML file and `key=value` strings that replace its values.
 
+        Without a `name` in it, the experiment has the file's.
+
         Raises:
-          ValueError: as `from_params`, naming the file; OSError: no such file.
+          ValueError: as `from_params`, naming the file (and what overrides it); OSError: no file.
         """
+        source = " ".join([str(path), *(f"--set {item}" for item in overrides)])
         try:
             params = yaml.load(Path(path).read_text(), _Loader) or {}
             if not isinstance(params, dict):
                 raise ValueError(
                     f"expected 'key: value' lines, got {type(params).__name__}; pass a YAML mapping"
                 )
+            params.setdefault("name", Path(path).stem)
             for item in overrides:
                 key, equals, value = item.partition("=")
                 if not equals:
@@ -175,7 +188,7 @@ class Experiment:
                 params[key.strip()] = yaml.load(value, _Loader)
             return cls.from_params(params)
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
 
     def replace(self, **changes):
         """A copy with other values, checked like a new one."""
@@ -197,18 +210,28 @@ class Experiment:
         """All settings as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def fingerprint(self):
-        """12 hex digits of all settings that a distilled set depends on.
-
-        Not among them: the name, where data lie, and how long or how closely one looks; a run
-        can therefore be continued with more steps.
-        """
+    def distillation(self):
+        """The settings that a distilled set depends on, other than its number of steps."""
         rest = {
-            "name", "notebooks", "methods", "data_dir", "n_test", "block_size", "n_steps",
-            "checkpoint_every", "kip_steps", "kip_learning_rate", "kip_loss", "kip_patience",
+            *OUTER_SETTINGS, "name", "methods", "n_test", "n_steps",
+            "kip_steps", "kip_learning_rate", "kip_loss", "kip_patience",
         }  # fmt: skip
-        settings = {k: v for k, v in self.to_dict().items() if k not in rest}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return {k: v for k, v in self.to_dict().items() if k not in rest}
+
+    def fingerprint(self):
+        """12 hex digits of `distillation`; settings at their defaults do not count."""
+        default = Experiment().to_dict()
+        changed = {k: v for k, v in self.distillation().items() if v != default[k]}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
+
+    def same_results(self, settings):
+        """Whether a record with these settings is of this experiment; new settings may be absent.
+
+        Raises:
+          ValueError: settings that are not (or no longer) valid.
+        """
+        old, new = Experiment.from_params(settings).to_dict(), self.to_dict()
+        return all(old[key] == new[key] for key in new if key not in OUTER_SETTINGS)
 
 
 def field_names():

@@ -40,7 +40,8 @@ class Distilled(NamedTuple):
 class DivergedError(FloatingPointError):
     """A run cannot go on: its loss diverged, a gradient is NaN, or K_SS is not positive definite.
 
-    The message says what to change; `distilled` holds the best support before that.
+    The message says what to change; `distilled` holds the best support before that, which is
+    also written beside the checkpoint as kept-*.npz.
     """
 
     def __init__(self, message, distilled):
@@ -92,7 +93,7 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
     path = checkpoint_dir and Path(checkpoint_dir) / f"checkpoint-{experiment.fingerprint()}.npz"
     state = run.start(initial)
     if path and path.exists():
-        state = _load_state(path, state)
+        state = _load_state(path, state, experiment, run.probe)
         if state.step > experiment.n_steps:
             raise ValueError(
                 f"expected a checkpoint of at most {experiment.n_steps} steps, got {state.step} "
@@ -110,16 +111,20 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
                 bar.update(state.step - bar.n)
                 bar.set_postfix_str(_summary(state.history[-1]), refresh=False)
                 if path and state.step - saved >= experiment.checkpoint_every:
-                    _save_state(path, state, experiment)
+                    _save_state(path, state, experiment, run.probe)
                     saved = state.step
         except (FloatingPointError, KeyboardInterrupt) as error:
             if path:
-                _save_state(path, state, experiment)
+                _save_state(path, state, experiment, run.probe)
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise DivergedError(str(error), _result(state, initial, "diverged")) from error
+            kept = _result(state, initial, "diverged")
+            if path:
+                file = path.with_name(path.name.replace("checkpoint", "kept"))
+                _write(file, x_support=kept.x_support, y_support=kept.y_support)
+            raise DivergedError(str(error), kept) from error
     if path:
-        _save_state(path, state, experiment)
+        _save_state(path, state, experiment, run.probe)
     return _result(state, initial, reason)
 
 
@@ -142,6 +147,8 @@ class _Run:
             make(experiment.learning_rate),
             make(experiment.label_learning_rate) if experiment.learn_labels else None,
         )
+        x = jnp.asarray(splits.x_support[:2])
+        self.probe = [float(v) for v in kernel.value(x, x).ravel()]
         self.batch_size = experiment.block_size or krr.rows_of_tile(kernel, experiment.n_support)
 
     def start(self, initial):
@@ -185,11 +192,6 @@ class _Run:
             gradient = krr.support_gradient(
                 fitted, x_target, g, diag_reg=e.diag_reg, block_size=e.block_size
             )
-            if not jnp.isfinite(gradient.x_support).all():
-                raise FloatingPointError(
-                    f"expected a finite gradient, got NaN or infinity at step {state.step}; pass "
-                    "a larger diag_reg, a smaller learning_rate or dtype 'float64'"
-                )
             state = self.update(state, gradient)
         jax.block_until_ready(state.support)
         return state._replace(seconds=state.seconds + time.perf_counter() - began)
@@ -233,7 +235,7 @@ class _Run:
         def accuracy(attack):
             attacked = attacks.in_batches(attack, x, labels, batch_size=self.batch_size)
             logits = attacks.predict(machine, attacked, batch_size=self.batch_size)
-            return float((logits.argmax(1) == y).mean())
+            return int((logits.argmax(1) == y).sum()) / len(y)
 
         norms = attacks.in_batches(
             partial(attacks.input_gradient_norm, machine), x, labels, batch_size=self.batch_size
@@ -270,6 +272,11 @@ class _Run:
             states.append(memory)
         if self.experiment.clip_support:
             new[0] = jnp.clip(new[0], self.threat.low, self.threat.high)
+        if not all(jnp.isfinite(value).all() for value in new):
+            raise FloatingPointError(
+                f"expected a finite support, got NaN or infinity after step {state.step}; pass "
+                "a smaller learning_rate, a larger diag_reg or dtype 'float64'"
+            )
         return state._replace(
             step=state.step + 1, support=tuple(new), optimizer_states=tuple(states)
         )
@@ -295,18 +302,19 @@ def _result(state, initial, reason):
     )
 
 
-def _save_state(path, state, experiment):
+def _save_state(path, state, experiment, probe):
     """Writes the state aside first, so that a cut-off write leaves the old file whole."""
     leaves = jax.tree_util.tree_leaves((state.support, state.optimizer_states, state.best))
     notes = {
         "step": state.step, "best_step": state.best_step, "best_score": state.best_score,
         "history": state.history, "seconds": state.seconds, "experiment": experiment.to_dict(),
+        "probe": probe,
     }  # fmt: skip
     _write(path, notes=json.dumps(notes), **{f"leaf{i}": a for i, a in enumerate(leaves)})
 
 
-def _load_state(path, template):
-    """The state in a checkpoint, in the structure of `template`."""
+def _load_state(path, template, experiment, probe):
+    """The state in a checkpoint of the same settings, kernel and images, shaped as `template`."""
     parts = (template.support, template.optimizer_states, template.best)
     leaves, structure = jax.tree_util.tree_flatten(parts)
     try:
@@ -317,6 +325,12 @@ def _load_state(path, template):
         raise ValueError(
             f"expected a checkpoint in {path}, got {error}; delete the file to start again"
         ) from error
+    settings = type(experiment).from_params(notes["experiment"]).distillation()
+    if settings != experiment.distillation() or not np.allclose(notes["probe"], probe, rtol=1e-3):
+        raise ValueError(
+            f"expected {path} to be of the same settings, kernel and images, got others; delete "
+            "the file, or pass another checkpoint_dir"
+        )
     support, states, best = jax.tree_util.tree_unflatten(structure, loaded)
     return _State(
         notes["step"], support, states, best, notes["best_step"], notes["best_score"],

@@ -237,7 +237,8 @@ class Stax:
         return self.value(x, s), Partial(partial(_pull_tiles, self), x, s)
 
     def _tile(self, a, b):
-        return self.kernel_fn(a, b, "ntk").astype(a.dtype)
+        with jax.default_matmul_precision("highest"):
+            return self.kernel_fn(a, b, "ntk").astype(a.dtype)
 
 
 def _pull_tiles(kernel, x, s, w):

@@ -24,6 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_solve
 
+# On GPUs the default product rounds to 10 mantissa bits; alpha is large and cancels.
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
 TILE_FLOATS = 2**22
 """Working floats of one tile (16 MiB in float32); the sizes of tiles follow from it."""
 
@@ -51,18 +54,18 @@ class KernelMachine:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _predict(kernel, x, x_support, alpha):
-    return kernel.value(x, x_support) @ alpha
+    return _product(kernel.value(x, x_support), alpha)
 
 
 def _predict_forward(kernel, x, x_support, alpha):
     k, pullback = kernel.value_and_pullback(x, x_support)
-    return k @ alpha, (k, pullback, x, x_support, alpha)
+    return _product(k, alpha), (k, pullback, x, x_support, alpha)
 
 
 def _predict_backward(kernel, residuals, g):
     k, pullback, x, x_support, alpha = residuals
-    to_support = kernel.value_and_pullback(x_support, x)[1](alpha @ g.T)
-    return pullback(g @ alpha.T), to_support, k.T @ g
+    to_support = kernel.value_and_pullback(x_support, x)[1](_product(alpha, g.T))
+    return pullback(_product(g, alpha.T)), to_support, _product(k.T, g)
 
 
 _predict.defvjp(_predict_forward, _predict_backward)
@@ -198,8 +201,8 @@ def _pull_target(kernel, gradient, k_st_g, x, alpha, x_target, g, i, size):
     """Rows i of K_ST G, and of the part of dL/dX_S that flows through K_TS."""
     k, pullback = kernel.value_and_pullback(_rows(x, i, size), x_target)
     return (
-        _set_rows(gradient, pullback(_rows(alpha, i, size) @ g.T), i),
-        _set_rows(k_st_g, k @ g, i),
+        _set_rows(gradient, pullback(_product(_rows(alpha, i, size), g.T)), i),
+        _set_rows(k_st_g, _product(k, g), i),
     )
 
 
@@ -211,7 +214,7 @@ def _pull_support(kernel, total, gradient, x, alpha, b, diagonal, i, size):
     both meet, on the diagonal, k(x, x) has its own derivative.
     """
     rows, alpha_i, b_i = _rows(x, i, size), _rows(alpha, i, size), _rows(b, i, size)
-    w = -(b_i @ alpha.T + alpha_i @ b.T)
+    w = -(_product(b_i, alpha.T) + _product(alpha_i, b.T))
     w = jnp.where(i + jnp.arange(size)[:, None] == jnp.arange(len(x)), 0, w)
     off_diagonal = kernel.value_and_pullback(rows, x)[1](w)
     on_diagonal = jax.vjp(kernel.diagonal, rows)[1](_rows(diagonal, i, size))[0]
@@ -232,8 +235,11 @@ def _starts(n, size):
 
 
 def rows_of_tile(kernel, n_columns):
-    """Rows of a tile with `n_columns` columns that hold `TILE_FLOATS` working floats."""
-    return max(1, TILE_FLOATS // (kernel.floats_per_pair * n_columns))
+    """Rows of a tile with `n_columns` columns that hold `TILE_FLOATS` working floats.
+
+    At least 256, since a product of few rows spends its time reading the other factor.
+    """
+    return max(256, TILE_FLOATS // (kernel.floats_per_pair * n_columns))
 
 
 def even_size(n, size):

@@ -17,6 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from advkip.config import OUTER_SETTINGS
+
 PACKAGES = ("jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "pyautoattack")
 
 ROW_KEYS = {
@@ -73,7 +75,7 @@ class Recorder:
         rows, seconds = [], {}
         if self.path.exists():
             old = read(self.path)
-            if old["experiment"] == settings:
+            if self.experiment.same_results(old["experiment"]):
                 rows = [row for row in old["rows"] if row["notebook"] != self.notebook]
                 seconds = old["environment"]["seconds"]
         seconds = {**seconds, self.notebook: round(time.time() - self._began, 1)}
@@ -164,17 +166,20 @@ def table(records, *, tables=("1", "2", "9")):
       records: a list of records (see `read`).
       tables: which of the paper's tables to show.
     """
-    lines = defaultdict(lambda: defaultdict(list))
+    lines = defaultdict(lambda: defaultdict(dict))
     for record in records:
         e = record["experiment"]
+        rest = {k: v for k, v in e.items() if k not in (*OUTER_SETTINGS, "name", "seed")}
         for row in record["rows"]:
-            key = (e["dataset"], "ours", row["model"], e["n_support"], row["trained_on"])
-            lines[key][row["attack"]].append(100 * row["accuracy"])
+            # The settings keep apart what only looks alike; they are not shown.
+            settings = json.dumps([rest, row["n_test"]], sort_keys=True)
+            key = (e["dataset"], "ours", row["model"], e["n_support"], row["trained_on"], settings)
+            lines[key][row["attack"]][row["seed"]] = 100 * row["accuracy"]
     data_sets = list(dict.fromkeys(key[0] for key in lines))
     for number, data_set, kernel, n_support, trained_on, accuracies in PAPER:
         if data_set in data_sets and number in tables:
-            key = (data_set, f"paper, Table {number}", f"kernel:{kernel}", n_support, trained_on)
-            lines[key] = {attack: value for attack, value in accuracies.items()}
+            source = f"paper, Table {number}"
+            lines[data_set, source, f"kernel:{kernel}", n_support, trained_on, ""] = accuracies
     return "\n\n".join(_one_table(data_set, lines) for data_set in data_sets)
 
 
@@ -184,18 +189,19 @@ def _one_table(data_set, lines):
     head = [data_set, "model", "n_support", "trained on", *attacks]
     body = [
         [source, model, f"{n:,}", trained_on, *(_cell(cells.get(a)) for a in attacks)]
-        for (source, model, n, trained_on), cells in lines.items()
+        for (source, model, n, trained_on, _), cells in lines.items()
     ]
     rule = ["---"] * 4 + ["---:"] * len(attacks)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
 
 
 def _cell(value):
-    """A percentage; (mean, std) or a list of one value a seed become mean +- std."""
+    """A percentage; (mean, std), or {seed: value} of several seeds, becomes mean +- std."""
     if value is None:
         return ""
-    if isinstance(value, list):
-        value = (mean(value), stdev(value)) if len(value) > 1 else value[0]
+    if isinstance(value, dict):
+        values = list(value.values())
+        value = (mean(values), stdev(values)) if len(values) > 1 else values[0]
     if isinstance(value, tuple):
         return f"{value[0]:.2f} ± {value[1]:.2f}"
     return f"{value:.2f}"

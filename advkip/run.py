@@ -7,15 +7,21 @@ that `distill` left in that folder.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from advkip import records
 from advkip.config import Experiment, field_names
+
+
+class NotebookError(RuntimeError):
+    """A notebook ended early; the message names it, the cell and the cause."""
 
 
 def main(arguments=None):
@@ -32,12 +38,17 @@ def main(arguments=None):
     for experiment in experiments:
         try:
             run(experiment, options.reports, force=options.force)
-        except PapermillExecutionError as error:
-            print(f"error: {describe(experiment, error)}", file=sys.stderr)
+        except NotebookError as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
         except (ValueError, OSError) as error:
             print(f"error: {experiment.name}: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(
+                "interrupted; the same command continues from the last checkpoint", file=sys.stderr
+            )
+            return 130
     show(experiments, options.reports)
     return 0
 
@@ -97,12 +108,15 @@ def run(experiment, reports="reports", *, force=False):
     """Executes an experiment's notebooks into `<reports>/<name>/`.
 
     Raises:
-      PapermillExecutionError: a cell failed; the notebook so far is kept as *.failed.ipynb.
+      NotebookError: a cell failed (the notebook so far is kept as *.failed.ipynb), or the
+        kernel died.
       ValueError: the folder holds results of other settings, and not `force`.
     """
     folder = Path(reports) / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, experiment, force)
+    if os.environ.get("ADVKIP_DATA"):
+        os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
     for checkpoint in folder.glob("checkpoint-*.npz") if force else ():
         checkpoint.unlink()
     for notebook in experiment.notebooks:
@@ -119,9 +133,17 @@ def run(experiment, reports="reports", *, force=False):
                 stdout_file=sys.stdout, stderr_file=sys.stderr,
                 progress_bar=False,
             )  # fmt: skip
-        except PapermillExecutionError:
+        except PapermillExecutionError as error:
             running.replace(failed)
-            raise
+            raise NotebookError(
+                f"{executed}: cell {error.exec_count} failed with {error.ename}: {error.evalue}\n"
+                f"  it begins: {error.source.strip().splitlines()[0]}\n  see {failed}"
+            ) from None
+        except DeadKernelError as error:
+            raise NotebookError(
+                f"{executed}: the kernel died ({error}), often for want of memory; pass a smaller "
+                "n_support or n_target, or run it again to continue from the last checkpoint"
+            ) from None
         _tidy(running)
         running.replace(executed)
         failed.unlink(missing_ok=True)
@@ -130,23 +152,30 @@ def run(experiment, reports="reports", *, force=False):
 def parameters_for(notebook, experiment, folder):
     """What papermill passes: all settings to notebooks that take an experiment, and the folder.
 
-    Paths are relative to notebooks/, where a notebook runs.
+    A notebook runs in notebooks/, so relative paths get a '..' in front.
     """
     declared = papermill.inspect_notebook(source(notebook))
-    relative = Path("..") / folder if not folder.is_absolute() else folder
-    parameters = {"output": relative.as_posix()}
+    parameters = {"output": _from_notebooks(folder)}
     if set(declared) & set(field_names()):
         parameters |= experiment.to_dict()
+        if experiment.data_dir:
+            parameters["data_dir"] = _from_notebooks(Path(experiment.data_dir).expanduser())
     return parameters
+
+
+def _from_notebooks(path):
+    return (path if path.is_absolute() else Path("..") / path).as_posix()
 
 
 def _check_folder(folder, experiment, force):
     path = folder / "results.json"
     if path.exists() and not force:
         old = records.read(path)["experiment"]
-        new = experiment.to_dict()
-        changed = sorted(key for key in new if old.get(key) != new[key])
-        if changed:
+        # A run may go on with more steps.
+        steps = {k: old[k] for k in ("n_steps", "kip_steps") if old[k] < getattr(experiment, k)}
+        if not experiment.replace(**steps).same_results(old):
+            new = experiment.to_dict()
+            changed = sorted(key for key in new if old.get(key) != new[key])
             raise ValueError(
                 f"expected {path} to be of the same settings, got other {changed}; pass "
                 "--set name=... for a folder of its own, or --force to replace it"
@@ -168,14 +197,6 @@ def _tidy(path):
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     nbformat.write(notebook, path)
-
-
-def describe(experiment, error):
-    """One line that names the notebook cell that failed, and why."""
-    return (
-        f"{experiment.name}: cell {error.exec_count} failed with {error.ename}: {error.evalue}\n"
-        f"  first line of the cell: {error.source.strip().splitlines()[0]}"
-    )
 
 
 def show(experiments, reports):

@@ -121,6 +121,21 @@ def test_restarts_keep_the_worst(rng, norm):
     assert attacks.distance(attack(8), x, norm).max() <= 0.4 + 1e-9
 
 
+def test_a_fooled_image_beats_a_larger_loss():
+    """Planted, one pixel: below 0.2 wrong at a loss of 0.80, elsewhere right at a loss of 1.08."""
+    wrong, right = jnp.log(jnp.asarray([[0.45, 0.55, 1e-9], [0.34, 0.33, 0.33]]))
+
+    def logits(x):
+        return jnp.where(x.reshape(-1, 1) < 0.2, wrong, right)
+
+    x, y = jnp.full((64, 1, 1, 1), 0.5), np.zeros(64, int)
+    attacked = attacks.pgd(
+        logits, x, y, threat=Threat("linf", 0.5), n_steps=0, step_size=0.1, n_restarts=40,
+        key=jax.random.key(0),
+    )  # fmt: skip
+    assert (attacked < 0.2).all()
+
+
 def test_random_start_depends_on_the_key_alone(rng):
     x, y = jnp.asarray(rng.uniform(0, 1, (4, *SHAPE))), np.zeros(4, int)
     _, logits = linear(rng)
@@ -188,6 +203,12 @@ def test_bad_input(rng):
         Threat("linf", 0.1, low=1, high=0)
     with pytest.raises(ValueError, match="expected n_steps >= 0"):
         attacks.pgd(logits, x, y, **{**good, "n_steps": -1})
+    for change in ({"step_size": -0.1}, {"n_restarts": 0}):
+        with pytest.raises(ValueError, match="expected n_steps >= 0"):
+            attacks.pgd(logits, x, y, **{**good, **change})
+    for labels in (np.zeros(3, int), np.zeros((2, 1, 1)), np.zeros(2)):
+        with pytest.raises(ValueError, match="expected y of 2 integers"):
+            attacks.pgd(logits, x, labels, **good)
     with pytest.raises(ValueError, match="expected loss in"):
         attacks.pgd(logits, x, y, **good, loss="hinge")
     with pytest.raises(ValueError, match="expected a key for random restarts"):

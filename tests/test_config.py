@@ -41,6 +41,8 @@ def test_integers_pass_as_floats_and_lists_as_tuples():
         ({"optimizer": "lbfgs"}, "expected optimizer in"),
         ({"outer_loss": "hinge"}, "expected outer_loss in"),
         ({"pgd_steps": -1}, "expected pgd_steps >= 0"),
+        ({"pgd_steps": 0}, "expected pgd_steps >= 1 for the method 'adv-kip'"),
+        ({1: 2, "foo": 3}, r"expected known settings, got \['1', 'foo'\]"),
         ({"n_support": 0}, "expected n_support >= 1"),
         ({"learning_rate": 0.0}, "expected learning_rate > 0"),
         ({"diag_reg": -1e-6}, "expected diag_reg >= 0"),
@@ -74,7 +76,10 @@ def test_files(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=match):
             Experiment.from_file(path)
-    path.write_text("")
+    path.write_text("seed: 3")
+    assert Experiment.from_file(path).name == "x"
+    with pytest.raises(ValueError, match="x.yaml --set epsilom=1: expected known settings"):
+        Experiment.from_file(path, ["epsilom=1"])
     with pytest.raises(ValueError, match="expected key=value, got 'seed'"):
         Experiment.from_file(path, ["seed"])
 
@@ -99,6 +104,15 @@ def test_fingerprint_changes_with_what_matters():
     for other in ({"seed": 1}, {"learning_rate": 0.5}, {"kernel": "fc5"}, {"epsilon": 0.25}):
         assert e.replace(**other).fingerprint() != e.fingerprint()
     assert e.as_kip().fingerprint() != e.fingerprint()
+
+
+def test_same_results():
+    e = Experiment(seed=1)
+    assert e.same_results(e.replace(notebooks=["02"], data_dir="d").to_dict())
+    assert e.same_results({"seed": 1})  # a record from before the other settings existed
+    assert not e.same_results(e.replace(seed=2).to_dict())
+    with pytest.raises(ValueError, match="expected known settings"):
+        e.same_results({"gone": 1})
 
 
 def test_names_exist_where_they_are_used():

@@ -139,6 +139,31 @@ def test_not_a_npz(tmp_path):
         data.load("mine", tmp_path)
 
 
+def test_damaged_files(tmp_path, rng):
+    write(tmp_path, **arrays(rng))
+    path = tmp_path / "mine.npz"
+    whole = path.read_bytes()
+    for content in (whole[:200], whole[:300] + b"?" * 50 + whole[350:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="pass a .npz written by numpy.savez"):
+            data.load("mine", tmp_path)
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))  # a .npy under the wrong name
+    with pytest.raises(ValueError, match="pass a .npz written by numpy.savez"):
+        data.load("mine", tmp_path)
+
+
+def test_images_to_attack_keep_to_the_pixel_range_and_the_support_does_not(tmp_path, rng):
+    content = arrays(rng)
+    x = content["x_train"] / 255 * 1.5 - 0.25
+    write(tmp_path, **content | {"x_train": x, "experiment": "{}"})
+    e = Experiment(dataset="mine", n_support=20, n_validation=8, n_target=20, n_test=8)
+    splits = data.split(data.load("mine", tmp_path), e)
+    assert splits.x_support.min() < 0
+    for images in (splits.x_pool, splits.x_validation):
+        assert 0 <= images.min() <= images.max() <= 1
+
+
 def test_no_file_no_folder_no_network(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="pass data_dir or set ADVKIP_DATA"):
         data.load("imagenet", tmp_path)

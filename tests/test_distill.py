@@ -97,16 +97,11 @@ def test_equals_algorithm_1_word_for_word(digits, pgd_steps, outer_loss):
     assert np.abs(x - splits.x_support).max() > e.learning_rate
 
 
-def test_kip_equals_algorithm_1_with_no_inner_steps(digits):
-    e = SMALL.replace(kip_steps=4, kip_learning_rate=0.02)
-    by_hand = SMALL.replace(
-        pgd_steps=0, n_steps=4, outer_loss="mse", learning_rate=0.02, label_learning_rate=0.02
-    )
-    assert_same(run(e.as_kip(), digits), run(by_hand, digits))
-
-
 def test_loss_falls_and_robust_accuracy_rises(digits):
-    e = SMALL.replace(n_steps=60, n_support=80, n_target=80, n_validation=200, eval_every=20)
+    e = SMALL.replace(
+        n_steps=60, n_support=80, n_target=80, n_validation=200, eval_every=20,
+        pgd_steps=10, eval_pgd_steps=10,
+    )  # fmt: skip
     history = run(e, digits).history
     assert history[-1]["loss"] < history[0]["loss"] - 0.05
     assert history[-1]["pgd"] > history[0]["pgd"] + 0.1
@@ -121,6 +116,17 @@ def test_same_seed_same_bits(digits):
     assert_same(run(SMALL, digits), run(SMALL, digits))
     other = run(SMALL.replace(seed=1), digits)
     assert not np.array_equal(run(SMALL, digits).x_support, other.x_support)
+
+
+def test_single_precision_mode(digits, tmp_path):
+    """What users run by default: JAX without double precision."""
+    with jax.enable_x64(False):
+        whole = run(SMALL, digits)
+        run(SMALL.replace(n_steps=3), digits, checkpoint_dir=tmp_path)
+        resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
+        assert whole.x_support.dtype == "float32"
+        np.testing.assert_array_equal(resumed.x_support, whole.x_support)
+        assert whole.history[-1]["loss"] < whole.history[0]["loss"]
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
@@ -149,6 +155,9 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, 
 def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
     run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
     assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), run(SMALL, digits))
+    run(SMALL.replace(n_steps=3, seed=1), digits, checkpoint_dir=tmp_path)
+    longer = run(SMALL.replace(seed=1), digits, checkpoint_dir=tmp_path)
+    assert [line["step"] for line in longer.history] == [0, 2, 3, 4, 6]  # 3 was looked at, too
     with pytest.raises(ValueError, match="expected a checkpoint of at most 4 steps, got 6"):
         run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
 
@@ -159,48 +168,91 @@ def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):
     assert_same(run(other, digits, checkpoint_dir=tmp_path), run(other, digits))
 
 
+def test_another_kernel_or_other_images_do_not_take_the_checkpoint(digits, tmp_path):
+    run(SMALL, digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="same settings, kernel and images"):
+        run(SMALL, digits, checkpoint_dir=tmp_path, kernel=kernels.by_name("fc5"))
+    with pytest.raises(ValueError, match="same settings, kernel and images"):
+        run(SMALL, digits._replace(x_train=digits.x_train**2), checkpoint_dir=tmp_path)
+
+
 def test_unreadable_checkpoint(digits, tmp_path):
     (tmp_path / f"checkpoint-{SMALL.fingerprint()}.npz").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="delete the file to start again"):
         run(SMALL, digits, checkpoint_dir=tmp_path)
 
 
-def test_early_stopping_keeps_the_best(digits, monkeypatch):
-    scores = iter([0.1, 0.5, 0.3, 0.4, 0.6])
-    supports = []
+def test_best_support_is_that_of_the_highest_robust_accuracy(digits, monkeypatch):
+    """Also for KIP, which is judged by clean accuracy."""
+    look = distill._Run.look
+    supports = {}
+
+    def remember(self, state, machine, loss):
+        supports[state.step] = np.asarray(state.support[0])
+        return look(self, state, machine, loss)
+
+    monkeypatch.setattr(distill._Run, "look", remember)
+    for e, key in ((SMALL.replace(n_steps=30), "pgd"), (SMALL.as_kip(), "clean")):
+        supports.clear()
+        result = run(e.replace(n_steps=30, learning_rate=0.05), digits)
+        best = max(result.history, key=lambda line: line[key])  # the first of equals
+        assert result.step == best["step"]
+        assert len(supports) == 16
+        np.testing.assert_array_equal(result.x_support, supports[best["step"]])
+
+
+def test_early_stopping(digits, monkeypatch):
+    """Robust accuracy rises until step 4; with patience 6 the run ends at step 10."""
+    predict, looks = attacks.predict, iter(range(100))
+    scores = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3}
     look = distill._Run.look
 
     def scripted(self, state, machine, loss):
-        supports.append(np.asarray(state.support[0]))
-        new = look(self, state._replace(best_score=2.0), machine, loss)
-        line = {**new.history[-1], "pgd": next(scores)}
-        new = new._replace(history=(*new.history[:-1], line), best_score=state.best_score)
-        if line["pgd"] > new.best_score:
-            new = new._replace(best=state.support, best_step=state.step, best_score=line["pgd"])
-        return new
+        right = round(scores[next(looks)] * SMALL.n_validation)
+        y = self.splits.y_validation
+        wanted = np.where(np.arange(len(y)) < right, y, (y + 1) % 10)
+        monkeypatch.setattr(attacks, "predict", lambda *_, **__: np.eye(10)[wanted])
+        state = look(self, state, machine, loss)
+        monkeypatch.setattr(attacks, "predict", predict)
+        return state
 
     monkeypatch.setattr(distill._Run, "look", scripted)
-    result = run(SMALL.replace(n_steps=40, patience=4), digits)
-    assert (result.stopped, result.step) == ("patience", 2)
-    assert [line["step"] for line in result.history] == [0, 2, 4, 6]
-    np.testing.assert_array_equal(result.x_support, supports[1])
+    result = run(SMALL.replace(n_steps=40, patience=6), digits)
+    assert (result.stopped, result.step) == ("patience", 4)
+    assert [line["step"] for line in result.history] == [0, 2, 4, 6, 8, 10]
+    assert [line["pgd"] for line in result.history] == [0.1, 0.2, 0.5, 0.4, 0.5, 0.3]
 
 
-def test_best_is_the_line_with_the_highest_robust_accuracy(digits):
-    result = run(SMALL.replace(n_steps=30, learning_rate=0.05), digits)
-    best = max(result.history, key=lambda line: line["pgd"])
-    assert result.step == best["step"]
+def after(e, digits, n_steps=3):
+    """The support after some steps, whichever is best."""
+    splits = data.split(digits, e)
+    runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+    state = runner.start(distill.initial_support(e, splits))
+    start = state.support
+    for _ in range(n_steps):
+        state = runner.advance(state)
+    return [(np.asarray(a), np.asarray(b)) for a, b in zip(start, state.support, strict=True)]
 
 
-def test_fixed_labels_clipped_support_l2_sgd(digits):
-    fixed = run(SMALL.replace(learn_labels=False), digits)
-    np.testing.assert_array_equal(fixed.y_support, fixed.y_initial)
-    clipped = run(SMALL.replace(clip_support=True, learning_rate=0.3), digits)
-    assert 0 <= clipped.x_support.min() <= clipped.x_support.max() <= 1
-    for change in ({"norm": "l2", "epsilon": 1.0, "step_size": 0.25}, {"optimizer": "sgd"}):
-        result = run(SMALL.replace(**change), digits)
-        assert np.isfinite(result.x_support).all()
-        assert not np.array_equal(result.x_support, result.x_initial) or result.step == 0
+def test_fixed_labels(digits):
+    (x_0, x), (y_0, y) = after(SMALL.replace(learn_labels=False), digits)
+    np.testing.assert_array_equal(y, y_0)
+    assert np.abs(x - x_0).max() > 0.01
+
+
+def test_clipped_support(digits):
+    for clip in (False, True):
+        x = after(SMALL.replace(clip_support=clip, learning_rate=0.3), digits)[0][1]
+        assert (x.min() >= 0 and x.max() <= 1) == clip
+
+
+@pytest.mark.parametrize(
+    "change", [{"norm": "l2", "epsilon": 1.0, "step_size": 0.25}, {"optimizer": "rmsprop"}]
+)
+def test_other_balls_and_optimisers(digits, change):
+    x, usual = after(SMALL.replace(**change), digits)[0][1], after(SMALL, digits)[0][1]
+    assert np.isfinite(x).all()
+    assert np.abs(x - usual).max() > 1e-3
 
 
 def test_own_learning_rate_of_the_labels(digits):
@@ -242,6 +294,14 @@ def test_divergence_stops_and_keeps_the_best(digits, tmp_path):
     np.testing.assert_array_equal(kept.x_support, kept.x_initial)
     assert kept.stopped == "diverged"
     assert list(tmp_path.glob("checkpoint-*.npz"))
+    (path,) = tmp_path.glob("kept-*.npz")
+    np.testing.assert_array_equal(np.load(path)["x_support"], kept.x_initial)
+
+
+def test_a_support_that_overflows_stops_and_keeps_the_best(digits, monkeypatch):
+    e = SMALL.replace(optimizer="sgd", learning_rate=3e38, label_learning_rate=3e38)
+    with pytest.raises(distill.DivergedError):
+        run(e, digits)
 
 
 def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
@@ -250,7 +310,7 @@ def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
         return krr.SupportGradient(x * np.nan, y)
 
     monkeypatch.setattr(krr, "support_gradient", broken)
-    with pytest.raises(distill.DivergedError, match="expected a finite gradient") as error:
+    with pytest.raises(distill.DivergedError, match="expected a finite support") as error:
         run(SMALL, digits)
     assert np.isfinite(error.value.distilled.x_support).all()
 

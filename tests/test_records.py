@@ -42,7 +42,7 @@ def test_layout(tmp_path):
 def test_notebooks_share_a_file(tmp_path):
     write(tmp_path, notebook="01_kernels")
     write(tmp_path, notebook="02_transfer")
-    again = write(tmp_path, notebook="01_kernels", accuracy=0.5)
+    again = write(tmp_path, accuracy=0.5, notebooks=["01_kernels", "02_transfer"])
     assert sorted({row["notebook"] for row in again["rows"]}) == ["01_kernels", "02_transfer"]
     assert len(again["rows"]) == 4
     assert [r["accuracy"] for r in again["rows"] if r["notebook"] == "01_kernels"] == [0.9, 0.5]
@@ -64,6 +64,16 @@ def test_table_sets_the_paper_beside_ours(tmp_path):
 def test_seeds_become_mean_and_std(tmp_path):
     found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
     assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in records.table(found)
+
+
+def test_only_seeds_are_averaged(tmp_path):
+    """Another radius is another line, and one seed counts once."""
+    other = write(tmp_path / "b", accuracy=0.1, epsilon=0.1)
+    same = write(tmp_path / "c", accuracy=0.3)
+    text = records.table([write(tmp_path / "a", accuracy=0.3), other, same], tables=())
+    assert text.count("ours") == 2
+    assert "| 90.00 | 30.00 |" in text
+    assert "| 90.00 | 10.00 |" in text
 
 
 def test_the_papers_numbers():

@@ -61,10 +61,69 @@ def test_a_failing_cell_is_named(project, capfd):
     path = params(project, notebooks=["good", "bad"])
     assert run.main([path]) == 1
     error = capfd.readouterr().err
-    assert "x: cell 3 failed with ZeroDivisionError: division by zero" in error
+    assert "reports/x/bad.ipynb: cell 3 failed with ZeroDivisionError: division by" in error
     assert "# the faulty cell" in error
     names = sorted(p.name for p in Path("reports/x").glob("*.ipynb"))
     assert names == ["bad.failed.ipynb", "good.ipynb"]
+
+
+def test_a_notebook_that_was_cut_off_is_run_again_in_the_same_folder(project, capfd):
+    notebook = project / "notebooks" / "bad.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[
+        1
+    ].source = "from pathlib import Path\nPath(output, 'half.txt').touch(exist_ok=False)"
+    content.cells[2].source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    nbformat.write(content, notebook)
+    path = params(project, notebooks=["bad"])
+    assert run.main([path]) == 1
+    assert "bad.ipynb: the kernel died" in capfd.readouterr().err
+    content.cells[1].source = "from pathlib import Path\nassert Path(output, 'half.txt').exists()"
+    content.cells[2].source = "print('resumed')"
+    nbformat.write(content, notebook)
+    assert run.main([path]) == 0
+    assert output_of("reports/x/bad.ipynb") == "resumed\n"
+    assert "running" not in " ".join(p.name for p in Path("reports/x").iterdir())
+
+
+def test_interruption_says_how_to_go_on(project, capfd, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.papermill, "execute_notebook", interrupted)
+    assert run.main([params(project)]) == 130
+    assert "continues from the last checkpoint" in capfd.readouterr().err
+
+
+def test_relative_data_folders_hold_from_where_one_stands(project, monkeypatch):
+    notebook = project / "notebooks" / "good.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[0].source = "seed = 0\ndata_dir = ''\noutput = '.'"
+    content.cells[
+        1
+    ].source = "import os\nprint(os.path.isdir(data_dir), os.path.isdir(os.environ['ADVKIP_DATA']))"
+    nbformat.write(content, notebook)
+    (project / "images").mkdir()
+    monkeypatch.setenv("ADVKIP_DATA", "images")
+    assert run.main([params(project, data_dir="images")]) == 0
+    assert output_of("reports/x/good.ipynb") == "True True\n"
+
+
+def test_the_end_shows_the_table_and_where_to_look(project, capfd):
+    path = params(project)
+    experiment = run.Experiment.from_file(path)
+    row = {
+        "notebook": "good", "model": "kernel:fc3", "trained_on": "kip", "training": "kernel",
+        "attack": "clean", "norm": "linf", "epsilon": 0.0, "accuracy": 0.875, "n_test": 8,
+        "seed": 0,
+    }  # fmt: skip
+    record = {"experiment": experiment.to_dict(), "environment": {"seconds": {}}, "rows": [row]}
+    Path("reports/x").mkdir(parents=True)
+    Path("reports/x/results.json").write_text(json.dumps(record))
+    assert run.main([path]) == 0
+    out = capfd.readouterr().out
+    assert "| ours | kernel:fc3 | 100 | kip | 87.50 |" in out
+    assert "reports/x/" in out.splitlines()[-1]
 
 
 def test_everything_is_checked_before_anything_runs(project, capfd):
@@ -88,10 +147,21 @@ def test_everything_is_checked_before_anything_runs(project, capfd):
 def test_results_of_other_settings_are_not_overwritten(project, capfd):
     path = params(project)
     assert run.main([path]) == 0
-    results = {"experiment": {"seed": 5}, "environment": {}, "rows": []}
-    Path("reports/x/results.json").write_text(json.dumps(results))
-    assert run.main([path]) == 2
-    assert "pass --set name=" in capfd.readouterr().err
+    experiment = run.Experiment.from_file(path).to_dict()
+
+    def with_results_of(**changes):
+        results = {"experiment": {**experiment, **changes}, "environment": {}, "rows": []}
+        Path("reports/x/results.json").write_text(json.dumps(results))
+        return run.main([path])
+
+    assert with_results_of(seed=5) == 2
+    assert "got other ['seed']; pass --set name=" in capfd.readouterr().err
+    assert with_results_of(n_steps=1000) == 2
+    # More steps, other notebooks, and settings that did not exist then, are the same experiment.
+    assert with_results_of(n_steps=1) == 0
+    assert with_results_of(notebooks=["bad"]) == 0
+    del experiment["kip_patience"]
+    assert with_results_of() == 0
 
 
 def test_paths_in_executed_notebooks_are_relative(project):
