@@ -83,7 +83,7 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
     """
     if kernel is None:
         kernel = kernels.by_name(experiment.kernel, W_std=experiment.W_std, b_std=experiment.b_std)
-    if jnp.zeros(0, experiment.dtype).dtype != experiment.dtype:
+    if experiment.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"

@@ -7,6 +7,7 @@ that `distill` left in that folder.
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -117,6 +118,8 @@ def run(experiment, reports="reports", *, force=False):
     _check_folder(folder, experiment, force)
     if os.environ.get("ADVKIP_DATA"):
         os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
+    # It warns of settings that a notebook's parameters cell does not list; all are checked here.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     for checkpoint in folder.glob("checkpoint-*.npz") if force else ():
         checkpoint.unlink()
     for notebook in experiment.notebooks:
@@ -150,14 +153,19 @@ def run(experiment, reports="reports", *, force=False):
 
 
 def parameters_for(notebook, experiment, folder):
-    """What papermill passes: all settings to notebooks that take an experiment, and the folder.
+    """What papermill passes: the folder, and to notebooks that take an experiment its settings.
+
+    Settings at their default are left out unless the notebook's parameters cell names them.
 
     A notebook runs in notebooks/, so relative paths get a '..' in front.
     """
     declared = papermill.inspect_notebook(source(notebook))
     parameters = {"output": _from_notebooks(folder)}
     if set(declared) & set(field_names()):
-        parameters |= experiment.to_dict()
+        default = Experiment().to_dict()
+        parameters |= {
+            k: v for k, v in experiment.to_dict().items() if k in declared or v != default[k]
+        }
         if experiment.data_dir:
             parameters["data_dir"] = _from_notebooks(Path(experiment.data_dir).expanduser())
     return parameters

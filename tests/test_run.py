@@ -26,9 +26,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def params(folder, name="x", **settings):
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps({"name": name, "notebooks": ["good"], **settings}))
+def params(folder, file="x", **settings):
+    path = folder / f"{file}.yaml"
+    path.write_text(json.dumps({"name": file, "notebooks": ["good"]} | settings))
     return str(path)
 
 
