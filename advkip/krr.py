@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
+from jax.scipy.linalg import solve_triangular
 
 # On GPUs the default product rounds to 10 mantissa bits; alpha is large and cancels.
 _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -157,7 +157,9 @@ def _factorise(k_ss, diag_reg):
 
 @jax.jit
 def _solve(factor, y):
-    return cho_solve((factor, True), y)
+    # Not jax.scipy.linalg.cho_solve, which takes three times as long as its two halves.
+    half = solve_triangular(factor, y, lower=True)
+    return solve_triangular(factor, half, lower=True, trans="T")
 
 
 class SupportGradient(NamedTuple):

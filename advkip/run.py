@@ -139,7 +139,7 @@ def run(experiment, reports="reports", *, force=False):
         except PapermillExecutionError as error:
             running.replace(failed)
             raise NotebookError(
-                f"{executed}: cell {error.exec_count} failed with {error.ename}: {error.evalue}\n"
+                f"{executed}: cell [{error.exec_count}] failed with {error.ename}: {error.evalue}\n"
                 f"  it begins: {error.source.strip().splitlines()[0]}\n  see {failed}"
             ) from None
         except DeadKernelError as error:

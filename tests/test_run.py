@@ -61,7 +61,7 @@ def test_a_failing_cell_is_named(project, capfd):
     path = params(project, notebooks=["good", "bad"])
     assert run.main([path]) == 1
     error = capfd.readouterr().err
-    assert "reports/x/bad.ipynb: cell 3 failed with ZeroDivisionError: division by" in error
+    assert "reports/x/bad.ipynb: cell [4] failed with ZeroDivisionError: division by" in error
     assert "# the faulty cell" in error
     names = sorted(p.name for p in Path("reports/x").glob("*.ipynb"))
     assert names == ["bad.failed.ipynb", "good.ipynb"]
