@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
     accuracy: float  # worst case of this attack and those before it, in [0, 1]
     accuracy_alone: float  # of this attack by itself
     robust: np.ndarray  # bool, shape (n,): which images are right in the worst case
+    right: np.ndarray  # bool, shape (n,): which are right after this attack by itself
     x_attacked: np.ndarray  # the first `keep` attacked images
 
 
@@ -83,7 +84,7 @@ def evaluate(
             Outcome(
                 name if name == "clean" else name + suffix,
                 threat.norm, 0.0 if name == "clean" else threat.epsilon,
-                float(robust.mean()), float(right.mean()), robust, attacked[:keep],
+                float(robust.mean()), float(right.mean()), robust, right, attacked[:keep],
             )
         )  # fmt: skip
     return outcomes

@@ -119,7 +119,7 @@ before = evaluate.evaluate(
 {outcome.attack: f"{outcome.accuracy:.1%}" for outcome in before}
 
 # %%
-fooled = np.flatnonzero(before[0].robust & ~before[-1].robust)[:8]
+fooled = np.flatnonzero(before[0].right & ~before[-1].right)[:8]
 attacked = before[-1].x_attacked[fooled]
 wrong = np.asarray(original(attacked).argmax(1))
 titles = [f"{a} read as {b}" for a, b in zip(splits.y_test[fooled], wrong, strict=True)]
@@ -147,7 +147,8 @@ figures.save(
 
 # %% [markdown]
 # The training images are still legible, but something has been written into them. The bars are
-# the labels, which were learned as well: no longer "this is a 3", but "mostly a 3".
+# the labels, which were learned as well: one bar a class, grey as they were and blue as they are
+# now. They may say "more than certainly a 3", or "a 3, and rather not an 8".
 
 # %%
 figures.save(

@@ -17,7 +17,7 @@
 # *Sections 3 and 4 of "Can we achieve robustness from data alone?" (Tsilivis, Su, Kempe 2022):
 # Algorithm 1 on infinite-width kernels. Tables 1, 2 and 9; Figures 1, 4, 5 and 6.*
 #
-# With the defaults below: under a minute on a CPU. `params/mnist-fc3-5k.yaml`: about an hour on
+# With the defaults below: under a minute on a CPU. `params/mnist-fc3-5k.yaml`: about half an hour on
 # two cores. `params/paper/`: GPUs.
 #
 # The paper's figures to compare with (test accuracy, %):
@@ -192,7 +192,7 @@ display(Markdown(records.table([record])))
 
 # %%
 best = max(outcomes, key=lambda key: outcomes[key][-1].accuracy)
-survived = outcomes[best][-1].robust[:8]
+survived = outcomes[best][-1].right[:8]
 titles = [
     f"{y}, {'held' if ok else 'fooled'}" for y, ok in zip(splits.y_test[:8], survived, strict=True)
 ]

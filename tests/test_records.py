@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def outcome(attack, accuracy):
     robust = np.arange(100) < round(100 * accuracy)
-    return Outcome(attack, "linf", 0.3, accuracy, accuracy, robust, np.zeros((0, 8, 8, 1)))
+    return Outcome(attack, "linf", 0.3, accuracy, accuracy, robust, robust, np.zeros((0, 8, 8, 1)))
 
 
 def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
