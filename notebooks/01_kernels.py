@@ -17,8 +17,8 @@
 # *Sections 3 and 4 of "Can we achieve robustness from data alone?" (Tsilivis, Su, Kempe 2022):
 # Algorithm 1 on infinite-width kernels. Tables 1, 2 and 9; Figures 1, 4, 5 and 6.*
 #
-# With the defaults below: under a minute on a CPU. `params/mnist-fc3-5k.yaml`: about half an hour on
-# two cores. `params/paper/`: GPUs.
+# With the defaults below: under a minute on a CPU. `params/mnist-fc3-5k.yaml`: about half an hour
+# on two cores. `params/paper/`: GPUs.
 #
 # The paper's figures to compare with (test accuracy, %):
 #
