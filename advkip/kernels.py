@@ -12,10 +12,12 @@ it can be a static argument):
     kernel(x, s)                     K, shape (n, m); differentiable with respect to x and s
     kernel.diagonal(x)               k(x_i, x_i), shape (n,)
     kernel.value_and_pullback(x, s)  K and pullback; pullback(w) is, for w of shape (n, m),
-                                     sum_j w_ij d k(x_i, s_j) / d x_i, shape of x
+                                     sum_j w_ij d k(x_i, s_j) / d x_i, shape of x, and
+                                     sum_i w_ij d k(x_i, s_j) / d s_j, shape of s
 
-The pullback is all that Algorithm 1 ever needs: an attack pulls w = G alpha^T back to the
-attacked images, the outer step pulls -B alpha^T back to the support (see `krr`).
+Inside jit, the one of the two that is not used costs nothing. The pullback is all that Algorithm 1
+ever needs: an attack pulls w = G alpha^T back to the attacked images, the outer step pulls
+-B alpha^T back to the support (see `krr`).
 
 The kernel has a cusp where x_i = s_j: near it k falls off like |x - s|, so the derivative
 with respect to x alone depends on the direction. There the mean over all directions is
@@ -94,7 +96,7 @@ class FullyConnected:
         return theta
 
     def value_and_pullback(self, x, s):
-        """K (n, m) and its pullback to x. Two products of n m D in all, forward and back."""
+        """K (n, m) and its pullback to x and s: a product of n m D forward, one back for each."""
         sigma = self._covariance(x, s)
         k, sigma = _in_order(self._recursion(x, s, sigma)[0], sigma)
         return k, Partial(partial(_pull_closed_form, self), x, s, sigma)
@@ -106,10 +108,14 @@ class FullyConnected:
         """sigma_0, shape (n, m)."""
         return self._first_layer(_product(_flat(x), _flat(s).T), x)
 
-    def _recursion(self, x, s, sigma):
-        """theta and its derivatives by sigma_0 and p_x; XLA drops those that are not used."""
+    def _recursion(self, x, s, sigma, *, exchanged=False):
+        """theta and its derivatives by sigma_0 and p_x; XLA drops those that are not used.
+
+        With `exchanged`, the derivative by p_s instead of p_x.
+        """
         p = self._first_layer((_flat(x) ** 2).sum(1), x)[:, None]
         q = self._first_layer((_flat(s) ** 2).sum(1), s)[None, :]
+        p, q = (q, p) if exchanged else (p, q)
         return _relu_recursion(sigma, p, q, self.depth, self.W_std**2, self.b_std**2)
 
 
@@ -148,14 +154,19 @@ def _relu_recursion(sigma, p, q, depth, w2, b2):
 
 
 def _pull_closed_form(kernel, x, s, sigma, w):
-    """sum_j w_ij (theta_u s_j + 2 theta_p x_i) W_std^2 / D: d sigma_0 = s dx, d p_0 = 2 x dx."""
+    """To x_i: sum_j w_ij (theta_u s_j + 2 theta_p x_i) W_std^2 / D, as d sigma_0 = s dx and
+    d p_0 = 2 x dx; to s_j likewise, with the roles of x and s exchanged."""
     xf, sf = _flat(x), _flat(s)
-    weights = w * kernel._recursion(x, s, sigma)[1]
-    weights, sigma = _in_order(weights, sigma)
-    to_s = _product(weights, sf)
-    # A product with ones, not a sum: XLA's CPU reductions do not vectorise the recursion.
-    to_x = _product(w * kernel._recursion(x, s, sigma)[2], jnp.ones((len(sf), 1), w.dtype))
-    return (kernel.W_std**2 / xf.shape[1] * (to_s + 2 * to_x * xf)).reshape(x.shape)
+    weights, sigma = _in_order(w * kernel._recursion(x, s, sigma)[1], sigma)
+    # Sums as products with ones: XLA's CPU reductions would not vectorise what is fused in.
+    ones_s, ones_x = (jnp.ones((len(a), 1), w.dtype) for a in (sf, xf))
+    sums_x = _product(w * kernel._recursion(x, s, sigma)[2], ones_s)
+    sums_x, sigma = _in_order(sums_x, sigma)
+    sums_s = _product((w * kernel._recursion(x, s, sigma, exchanged=True)[2]).T, ones_x)
+    scale = kernel.W_std**2 / xf.shape[1]
+    to_x = scale * (_product(weights, sf) + 2 * sums_x * xf)
+    to_s = scale * (_product(weights.T, xf) + 2 * sums_s * sf)
+    return to_x.reshape(x.shape), to_s.reshape(s.shape)
 
 
 def _in_order(first, sigma):
@@ -247,16 +258,20 @@ def _pull_tiles(kernel, x, s, w):
     pad = ((0, len(rows) * t - len(x)), (0, len(columns) * t - len(s)))
     w = jnp.pad(w, pad).reshape(len(rows), t, len(columns), t).swapaxes(1, 2)
 
-    def pull_row(row):
+    def pull_row(to_s, row):
         a, w_row = row
 
-        def add(total, column):
+        def add(to_a, column):
             b, w_tile = column
-            return total + jax.vjp(lambda a: kernel._tile(a, b), a)[1](w_tile)[0], None
+            da, db = jax.vjp(kernel._tile, a, b)[1](w_tile)
+            return to_a + da, db
 
-        return jax.lax.scan(add, jnp.zeros_like(a), (columns, w_row))[0]
+        to_a, to_b = jax.lax.scan(add, jnp.zeros_like(a), (columns, w_row))
+        return to_s + to_b, to_a
 
-    return jax.lax.map(pull_row, (rows, w)).reshape(-1, *x.shape[1:])[: len(x)]
+    to_s, to_x = jax.lax.scan(pull_row, jnp.zeros_like(columns), (rows, w))
+    join = lambda tiles, like: tiles.reshape(-1, *like.shape[1:])[: len(like)]  # noqa: E731
+    return join(to_x, x), join(to_s, s)
 
 
 def _split(x, size):
@@ -277,7 +292,7 @@ def _differentiable_forward(kernel, x, s):
 
 def _differentiable_backward(kernel, residuals, w):
     x, s = residuals
-    return kernel.value_and_pullback(x, s)[1](w), kernel.value_and_pullback(s, x)[1](w.T)
+    return kernel.value_and_pullback(x, s)[1](w)
 
 
 _differentiable.defvjp(_differentiable_forward, _differentiable_backward)
