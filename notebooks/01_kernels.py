@@ -194,7 +194,7 @@ display(Markdown(records.table([record])))
 best = max(outcomes, key=lambda key: outcomes[key][-1].accuracy)
 survived = outcomes[best][-1].right[:8]
 titles = [
-    f"{y}, {'held' if ok else 'fooled'}" for y, ok in zip(splits.y_test[:8], survived, strict=True)
+    f"{y}, {'right' if ok else 'wrong'}" for y, ok in zip(splits.y_test[:8], survived, strict=True)
 ]
 figures.save(
     figures.attacked_images(splits.x_test[:8], outcomes[best][-1].x_attacked, titles),
