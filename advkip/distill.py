@@ -325,7 +325,7 @@ def _load_state(path, template, experiment, probe):
         raise ValueError(
             f"expected a checkpoint in {path}, got {error}; delete the file to start again"
         ) from error
-    settings = type(experiment).from_params(notes["experiment"]).distillation()
+    settings = type(experiment)(**notes["experiment"]).distillation()
     if settings != experiment.distillation() or not np.allclose(notes["probe"], probe, rtol=1e-3):
         raise ValueError(
             f"expected {path} to be of the same settings, kernel and images, got others; delete "

@@ -176,6 +176,12 @@ def test_another_kernel_or_other_images_do_not_take_the_checkpoint(digits, tmp_p
         run(SMALL, digits._replace(x_train=digits.x_train**2), checkpoint_dir=tmp_path)
 
 
+def test_kip_takes_its_own_checkpoint(digits, tmp_path):
+    kip = SMALL.as_kip().replace(n_steps=4)
+    whole = run(kip, digits, checkpoint_dir=tmp_path)
+    assert_same(run(kip, digits, checkpoint_dir=tmp_path), whole)
+
+
 def test_unreadable_checkpoint(digits, tmp_path):
     (tmp_path / f"checkpoint-{SMALL.fingerprint()}.npz").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="delete the file to start again"):
