@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from advkip.devices import everywhere, over_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Threat:
@@ -127,7 +129,7 @@ def pgd(
         raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
     if n_restarts > 1 and key is None:
         raise ValueError("expected a key for random restarts, got None; pass jax.random.key(seed)")
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = everywhere(x), everywhere(y)
     integers = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer)
     if len(y) != len(x) or not (integers or y.ndim == 2):
         raise ValueError(
@@ -156,30 +158,34 @@ def _as_pytree(function):
 
 @partial(jax.jit, static_argnums=(5, 6, 7, 8))
 def _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts):
-    def losses(x_attacked):
+    def losses(logits_fn, x_attacked, y):
         logits = logits_fn(x_attacked)
         targets = jax.nn.one_hot(y, logits.shape[1], dtype=x.dtype) if y.ndim == 1 else y
         return LOSSES[loss](logits, targets), (logits, targets)
 
-    gradient = jax.grad(lambda x_attacked: losses(x_attacked)[0].sum())
+    def ascend(rows, model):
+        (start, x, y), (logits_fn, step_size) = rows, model
+        gradient = jax.grad(lambda x_attacked: losses(logits_fn, x_attacked, y)[0].sum())
 
-    def step(_, x_attacked):
-        g = gradient(x_attacked)
-        if threat.norm == "linf":
-            direction = jnp.sign(g)
-        else:
-            direction = g / jnp.maximum(_l2(g), jnp.finfo(g.dtype).tiny)
-        return project(x_attacked + step_size * direction, x, threat)
+        def step(_, x_attacked):
+            g = gradient(x_attacked)
+            if threat.norm == "linf":
+                direction = jnp.sign(g)
+            else:
+                direction = g / jnp.maximum(_l2(g), jnp.finfo(g.dtype).tiny)
+            return project(x_attacked + step_size * direction, x, threat)
+
+        return jax.lax.fori_loop(0, n_steps, step, start)
 
     def run(start):
-        return jax.lax.fori_loop(0, n_steps, step, start)
+        return over_rows(ascend, (start, x, y), (logits_fn, step_size))
 
     if n_restarts == 1:
         return run(x if key is None else _random_start(key, x, threat))
 
     def score(x_attacked):
         # A fooled image beats every unfooled one; among equals the larger loss wins.
-        value, (logits, targets) = losses(x_attacked)
+        value, (logits, targets) = losses(logits_fn, x_attacked, y)
         wrong = logits.argmax(1) != targets.argmax(1)
         return wrong, value
 
@@ -213,12 +219,12 @@ def _random_start(key, x, threat):
 def predict(logits_fn, x, *, batch_size):
     """Logits (n, C) of images x, in batches; `logits_fn` as in `pgd`."""
     logits_fn = _as_pytree(logits_fn)
-    return in_batches(partial(_predict, logits_fn), jnp.asarray(x), batch_size=batch_size)
+    return in_batches(partial(_predict, logits_fn), everywhere(x), batch_size=batch_size)
 
 
 @jax.jit
 def _predict(logits_fn, x):
-    return logits_fn(x)
+    return over_rows(lambda x, logits_fn: logits_fn(x), x, logits_fn)
 
 
 def input_gradient_norm(logits_fn, x, y):
@@ -229,12 +235,16 @@ def input_gradient_norm(logits_fn, x, y):
       x: images, shape (n, ...).
       y: target distributions, shape (n, C).
     """
-    return _gradient_norm(_as_pytree(logits_fn), jnp.asarray(x), jnp.asarray(y))
+    return _gradient_norm(_as_pytree(logits_fn), everywhere(x), everywhere(y))
 
 
 @jax.jit
 def _gradient_norm(logits_fn, x, y):
-    return _l2(jax.grad(lambda x: cross_entropy(logits_fn(x), y).sum())(x)).reshape(-1)
+    def norm(rows, logits_fn):
+        x, y = rows
+        return _l2(jax.grad(lambda x: cross_entropy(logits_fn(x), y).sum())(x)).reshape(-1)
+
+    return over_rows(norm, (x, y), logits_fn)
 
 
 def in_batches(function, *arrays, batch_size):

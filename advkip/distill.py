@@ -171,11 +171,11 @@ class _Run:
         fitted = krr.fit(self.kernel, *state.support, diag_reg=e.diag_reg, block_size=e.block_size)
         x_target, y_target = self.target(state.step)
         x_target = self.attack(fitted.machine, x_target, y_target)
-        loss, g = _outer_loss(
-            attacks.predict(fitted.machine, x_target, batch_size=self.batch_size),
-            self.labels(y_target, e.outer_loss), e.outer_loss, _scale(e, e.outer_loss),
+        gradient = krr.support_gradient(
+            fitted, x_target, self.labels(y_target, e.outer_loss), diag_reg=e.diag_reg,
+            loss=_OuterLoss(e.outer_loss, _scale(e, e.outer_loss)), block_size=e.block_size,
         )  # fmt: skip
-        loss = float(loss)
+        loss = float(gradient.loss)
         first = state.history[0]["loss"] if state.history else loss
         if not loss <= DIVERGED * max(1.0, first):
             raise FloatingPointError(
@@ -189,10 +189,7 @@ class _Run:
         if (state.step % e.eval_every == 0 or last) and not seen:
             state = self.look(state, fitted.machine, loss)
         if not (last or self.finished(state)):
-            gradient = krr.support_gradient(
-                fitted, x_target, g, diag_reg=e.diag_reg, block_size=e.block_size
-            )
-            state = self.update(state, gradient)
+            state = self.update(state, (gradient.x_support, gradient.y_support))
         jax.block_until_ready(state.support)
         return state._replace(seconds=state.seconds + time.perf_counter() - began)
 
@@ -286,10 +283,14 @@ def _scale(experiment, loss):
     return experiment.logit_scale if loss == "cross-entropy" else 1.0
 
 
-@partial(jax.jit, static_argnums=2)
-def _outer_loss(logits, labels, loss, scale):
-    """L(f, Y_T), the mean over images, and G = dL/df."""
-    return jax.value_and_grad(lambda f: attacks.LOSSES[loss](scale * f, labels).mean())(logits)
+class _OuterLoss(NamedTuple):
+    """The loss of each image, of logits times `scale`."""
+
+    name: str
+    scale: float
+
+    def __call__(self, logits, labels):
+        return attacks.LOSSES[self.name](self.scale * logits, labels)
 
 
 def _summary(line):

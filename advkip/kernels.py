@@ -1,10 +1,11 @@
 """Infinite-width neural tangent kernels: values and exact input derivatives, tile by tile.
 
-Two kinds of kernel share one interface:
+Three kinds of kernel share one interface:
 
 - `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
   derivatives come out of one pass over the layer recursion.
-- `Stax`: any `neural_tangents.stax` network, differentiated by JAX in tiles that bound memory.
+- `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `tiled`).
+- `Stax`: any `neural_tangents.stax` network, differentiated by JAX (see `tiled`).
 
 The interface is three methods, all pure and usable inside `jax.jit` (a kernel is hashable, so
 it can be a static argument):
@@ -28,7 +29,6 @@ smooth: `diagonal`.)
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -36,10 +36,18 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advkip import compat
+from advkip.devices import product
+from advkip.tiled import (
+    Convolutional,
+    Stax,
+    arccos,
+    check_architecture,
+    cusp_width,
+    differentiable,
+    inverse,
+)
 
-# On GPUs the default product rounds to 10 mantissa bits (TF32). A correlation near 1 would be
-# ruined by that: 1 - c is what the kernel depends on.
-_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+__all__ = ["Convolutional", "FullyConnected", "Stax", "by_name", "set_precision", "stax_module"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +75,7 @@ class FullyConnected:
     b_std: float = 0.1
 
     def __post_init__(self):
-        if self.depth < 1 or not self.W_std > 0 or not self.b_std >= 0:
-            raise ValueError(
-                "expected depth >= 1, W_std > 0 and b_std >= 0, got "
-                f"{self.depth}, {self.W_std}, {self.b_std}; pass e.g. FullyConnected(depth=3)"
-            )
+        check_architecture(self.depth, self.W_std, self.b_std)
 
     @property
     def floats_per_pair(self):
@@ -80,7 +84,7 @@ class FullyConnected:
 
     def __call__(self, x, s):
         """K, shape (n, m), for x (n, ...) and s (m, ...) with D pixels each; differentiable."""
-        return _differentiable(self, x, s)
+        return differentiable(self, x, s)
 
     def value(self, x, s):
         """K like `__call__`, without a derivative rule of its own."""
@@ -106,7 +110,7 @@ class FullyConnected:
 
     def _covariance(self, x, s):
         """sigma_0, shape (n, m)."""
-        return self._first_layer(_product(_flat(x), _flat(s).T), x)
+        return self._first_layer(product(_flat(x), _flat(s).T), x)
 
     def _recursion(self, x, s, sigma, *, exchanged=False):
         """theta and its derivatives by sigma_0 and p_x; XLA drops those that are not used.
@@ -125,21 +129,22 @@ def _relu_recursion(sigma, p, q, depth, w2, b2):
     The derivatives follow from d kappa_1 / dc = kappa_0 and d kappa_0 / dc = 1 / (pi s),
     s = sqrt(1 - c^2), by forward differentiation: `*_u` by sigma_0, `*_p` by p_0.
     """
-    cusp_width = 4 * jnp.finfo(sigma.dtype).eps
     theta = sigma
     sigma_u, theta_u, sigma_p, theta_p = 1.0, 1.0, 0.0, 0.0
     p_p = 1.0
     for _ in range(depth):
         # A zero image with b_std = 0 has p = 0: its kernel and derivatives are set to 0.
-        inverse_p, inverse_q = _inverse(p), _inverse(q)
+        inverse_p, inverse_q = inverse(p), inverse(q)
         root, inverse_root = jnp.sqrt(p) * jnp.sqrt(q), jnp.sqrt(inverse_p) * jnp.sqrt(inverse_q)
         c = jnp.clip(sigma * inverse_root, -1.0, 1.0)
         square = (1 - c) * (1 + c)
         sine = jnp.sqrt(square)
-        angle = _arccos(c)
+        angle = arccos(c)
         k0 = 0.5 - angle / (2 * math.pi)
         k1 = root * sine / (2 * math.pi) + sigma * k0
-        k0_c = sine / (2 * math.pi * jnp.maximum(square, cusp_width))  # 1 / sine; 0 on the cusp
+        k0_c = sine / (
+            2 * math.pi * jnp.maximum(square, cusp_width(sigma.dtype))
+        )  # 1 / sine; 0 on the cusp
         k0_u = k0_c * inverse_root * sigma_u
         k0_p = k0_c * (inverse_root * sigma_p - 0.5 * p_p * inverse_p * c)
 
@@ -160,12 +165,12 @@ def _pull_closed_form(kernel, x, s, sigma, w):
     weights, sigma = _in_order(w * kernel._recursion(x, s, sigma)[1], sigma)
     # Sums as products with ones: XLA's CPU reductions would not vectorise what is fused in.
     ones_s, ones_x = (jnp.ones((len(a), 1), w.dtype) for a in (sf, xf))
-    sums_x = _product(w * kernel._recursion(x, s, sigma)[2], ones_s)
+    sums_x = product(w * kernel._recursion(x, s, sigma)[2], ones_s)
     sums_x, sigma = _in_order(sums_x, sigma)
-    sums_s = _product((w * kernel._recursion(x, s, sigma, exchanged=True)[2]).T, ones_x)
+    sums_s = product((w * kernel._recursion(x, s, sigma, exchanged=True)[2]).T, ones_x)
     scale = kernel.W_std**2 / xf.shape[1]
-    to_x = scale * (_product(weights, sf) + 2 * sums_x * xf)
-    to_s = scale * (_product(weights.T, xf) + 2 * sums_s * sf)
+    to_x = scale * (product(weights, sf) + 2 * sums_x * xf)
+    to_s = scale * (product(weights.T, xf) + 2 * sums_s * sf)
     return to_x.reshape(x.shape), to_s.reshape(s.shape)
 
 
@@ -179,125 +184,6 @@ def _in_order(first, sigma):
     return jax.lax.optimization_barrier((first, sigma))
 
 
-def _inverse(p):
-    return jnp.where(p > 0, 1 / jnp.where(p > 0, p, 1), 0)
-
-
-def _arccos(c):
-    """arccos; in float32 by Abramowitz and Stegun 4.4.46 (absolute error 2e-8, one sqrt).
-
-    arccos c = sqrt(1 - c) poly(c) for c >= 0 and pi - arccos(-c) below. XLA's own arccos is
-    many times slower on CPUs and no more accurate in float32.
-    """
-    if c.dtype != jnp.float32:
-        return jnp.arccos(c)
-    a = jnp.abs(c)
-    poly = -0.0012624911
-    for coefficient in (
-        0.0066700901, -0.0170881256, 0.0308918810, -0.0501743046,
-        0.0889789874, -0.2145988016, 1.5707963050,
-    ):  # fmt: skip
-        poly = poly * a + coefficient
-    positive = jnp.sqrt(1 - a) * poly
-    return jnp.where(c < 0, math.pi - positive, positive)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stax:
-    """Any `neural_tangents.stax` network's NTK behind the interface of this module.
-
-    Args:
-      kernel_fn: the third value that `stax.serial(...)` returns; it takes (x1, x2, get).
-      tile: the kernel is evaluated on tile x tile pairs of images at a time. Memory is
-        proportional to tile^2; the result does not depend on it.
-
-    Use `stax_module()` to build the network, so that the import works on a current JAX.
-    """
-
-    kernel_fn: Callable
-    tile: int = 16
-
-    def __post_init__(self):
-        if not callable(self.kernel_fn) or self.tile < 1:
-            raise ValueError(
-                "expected the kernel_fn of a stax network and tile >= 1, got "
-                f"{self.kernel_fn!r}, {self.tile}; pass Stax(stax.serial(...)[2])"
-            )
-
-    @property
-    def floats_per_pair(self):
-        """Working floats held for one pair of images outside the tiles."""
-        return 2
-
-    def __call__(self, x, s):
-        """K, shape (n, m), for images x (n, H, W, C) and s (m, H, W, C); differentiable."""
-        return _differentiable(self, x, s)
-
-    def value(self, x, s):
-        """K like `__call__`, without a derivative rule of its own."""
-        rows, columns = _split(x, self.tile), _split(s, self.tile)
-        k = jax.lax.map(lambda a: jax.lax.map(lambda b: self._tile(a, b), columns), rows)
-        return k.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[1], -1)[: len(x), : len(s)]
-
-    def diagonal(self, x):
-        """k(x_i, x_i), shape (n,)."""
-        return jax.lax.map(lambda a: self._tile(a[None], a[None])[0, 0], x)
-
-    def value_and_pullback(self, x, s):
-        """K (n, m) and its pullback to x; the pullback recomputes each tile and drops it."""
-        return self.value(x, s), Partial(partial(_pull_tiles, self), x, s)
-
-    def _tile(self, a, b):
-        with jax.default_matmul_precision("highest"):
-            return self.kernel_fn(a, b, "ntk").astype(a.dtype)
-
-
-def _pull_tiles(kernel, x, s, w):
-    t = kernel.tile
-    rows, columns = _split(x, t), _split(s, t)
-    pad = ((0, len(rows) * t - len(x)), (0, len(columns) * t - len(s)))
-    w = jnp.pad(w, pad).reshape(len(rows), t, len(columns), t).swapaxes(1, 2)
-
-    def pull_row(to_s, row):
-        a, w_row = row
-
-        def add(to_a, column):
-            b, w_tile = column
-            da, db = jax.vjp(kernel._tile, a, b)[1](w_tile)
-            return to_a + da, db
-
-        to_a, to_b = jax.lax.scan(add, jnp.zeros_like(a), (columns, w_row))
-        return to_s + to_b, to_a
-
-    to_s, to_x = jax.lax.scan(pull_row, jnp.zeros_like(columns), (rows, w))
-    join = lambda tiles, like: tiles.reshape(-1, *like.shape[1:])[: len(like)]  # noqa: E731
-    return join(to_x, x), join(to_s, s)
-
-
-def _split(x, size):
-    """(n, ...) to (n / size, size, ...), the last tile filled up with copies of x_0."""
-    fill = -len(x) % size
-    x = jnp.concatenate([x, jnp.broadcast_to(x[:1], (fill, *x.shape[1:]))]) if fill else x
-    return x.reshape(-1, size, *x.shape[1:])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(kernel, x, s):
-    return kernel.value(x, s)
-
-
-def _differentiable_forward(kernel, x, s):
-    return kernel.value(x, s), (x, s)
-
-
-def _differentiable_backward(kernel, residuals, w):
-    x, s = residuals
-    return kernel.value_and_pullback(x, s)[1](w)
-
-
-_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
-
-
 def _flat(x):
     return x.reshape(x.shape[0], -1)
 
@@ -308,7 +194,7 @@ def stax_module():
 
 
 def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
-    """The paper's kernels by name: 'fc1', 'fc2', ... in closed form; 'conv1', 'conv2', ...
+    """The paper's kernels by name: 'fc1', 'fc2', ... and 'conv1', 'conv2', ...
 
     'convN' has N 3x3 convolutions with SAME padding and ReLU, flattened, no pooling.
 
@@ -317,7 +203,7 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
       W_std, b_std: standard deviations of weights and biases of every layer.
 
     Returns:
-      A `FullyConnected` or a `Stax` kernel.
+      A `FullyConnected` or a `Convolutional` kernel.
 
     Raises:
       ValueError: another name.
@@ -328,13 +214,8 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
             f"expected a kernel name such as 'fc3' or 'conv3', got {name!r}; "
             "for a network of your own pass Stax(stax.serial(...)[2])"
         )
-    depth = int(match[2])
-    if match[1] == "fc":
-        return FullyConnected(depth, W_std, b_std)
-    stax = stax_module()
-    layers = [stax.Conv(1, (3, 3), padding="SAME", W_std=W_std, b_std=b_std), stax.Relu()] * depth
-    layers += [stax.Flatten(), stax.Dense(1, W_std=W_std, b_std=b_std)]
-    return Stax(stax.serial(*layers)[2])
+    kind = FullyConnected if match[1] == "fc" else Convolutional
+    return kind(int(match[2]), W_std, b_std)
 
 
 def set_precision(dtype):

@@ -11,7 +11,20 @@ B = (K_SS + r I)^-1 K_ST G (S x C),
     dL/dK_SS = -B alpha^T - (diag_reg / S) sum(B * alpha) I
 
 all of rank C (plus the trace term of the relative ridge), so the kernel's pullback (see
-`kernels`) carries them to the images in tiles of rows that are formed, used and dropped.
+`kernels`) carries them to the images in tiles that are formed, used and dropped. Every tile is
+spread over all devices (`devices.over_rows`); K_SS and the solves are on each of them.
+
+What S a given memory allows. One array of S x S; the support with its gradient and Adam's two
+moments, a copy of the best, of S x D each; tiles of a fixed size. In float32:
+
+    bytes = 4 S^2 + 20 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on a GPU)
+
+    memory   8 GB    12 GB   16 GB   24 GB   40 GB   80 GB
+    S        42,000  52,000  60,000  74,000  97,000  138,000    (D = 784)
+    S        36,000  46,000  54,000  68,000  91,000  131,000    (D = 3,072)
+
+and half of these S x S floats in float64. JAX's own Cholesky, used on GPUs, holds two more
+arrays of S x S while it runs; on a CPU the factor is made in place.
 
 `kernel` below is any object with the interface of `kernels`; S support, T target, C classes.
 """
@@ -22,13 +35,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_solve
 
-# On GPUs the default product rounds to 10 mantissa bits; alpha is large and cancels.
-_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-TILE_FLOATS = 2**22
-"""Working floats of one tile (16 MiB in float32); the sizes of tiles follow from it."""
+from advkip.devices import (
+    cholesky_in_place,
+    cholesky_solve,
+    even_size,
+    everywhere,
+    over_rows,
+    product,
+    tile_floats,
+)
 
 
 @partial(
@@ -54,17 +70,17 @@ class KernelMachine:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _predict(kernel, x, x_support, alpha):
-    return _product(kernel.value(x, x_support), alpha)
+    return product(kernel.value(x, x_support), alpha)
 
 
 def _predict_forward(kernel, x, x_support, alpha):
     k, pullback = kernel.value_and_pullback(x, x_support)
-    return _product(k, alpha), (k, pullback, alpha)
+    return product(k, alpha), (k, pullback, alpha)
 
 
 def _predict_backward(kernel, residuals, g):
     k, pullback, alpha = residuals
-    return *pullback(_product(g, alpha.T)), _product(k.T, g)
+    return *pullback(product(g, alpha.T)), product(k.T, g)
 
 
 _predict.defvjp(_predict_forward, _predict_backward)
@@ -74,7 +90,7 @@ class Fit(NamedTuple):
     """A fitted machine with what its gradient needs."""
 
     machine: KernelMachine
-    factor: jax.Array  # lower Cholesky factor of K_SS + r I, shape (S, S)
+    factor: jax.Array  # Cholesky factor of K_SS + r I in the lower triangle of (S, S)
     ridge: float  # r
 
 
@@ -86,7 +102,7 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
       x_support: support images, shape (S, ...), float32 or float64.
       y_support: support labels, shape (S, C).
       diag_reg: ridge relative to the mean diagonal of K_SS, >= 0.
-      block_size: rows and columns of a tile; 0 chooses from `TILE_FLOATS`.
+      block_size: rows and columns of a tile; 0 chooses from `devices.tile_floats`.
 
     Returns:
       A `Fit`.
@@ -95,7 +111,7 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
       ValueError: shapes that do not match, a negative diag_reg, values that are not finite.
       FloatingPointError: K_SS + r I is not positive definite in this precision.
     """
-    x_support, y_support = jnp.asarray(x_support), jnp.asarray(y_support)
+    x_support, y_support = everywhere(x_support), everywhere(y_support)
     if y_support.ndim != 2 or len(x_support) != len(y_support) or not len(x_support):
         raise ValueError(
             "expected x_support (S, ...) and y_support (S, C), got shapes "
@@ -109,8 +125,8 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
             "data without them, or lower the learning rate if they came from a run"
         )
     k_ss = lower_gram(kernel, x_support, block_size=block_size)
-    factor, ridge = _factorise(k_ss, diag_reg)
-    if not jnp.isfinite(factor[-1, -1]):
+    factor, success, ridge = _factorise(k_ss, diag_reg)
+    if not success:
         raise FloatingPointError(
             f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
             f"with diag_reg {diag_reg} in {x_support.dtype}; pass a larger diag_reg "
@@ -127,7 +143,7 @@ def lower_gram(kernel, x, *, block_size=0):
     """
     n = len(x)
     size = even_size(n, block_size or square_tile(kernel))
-    k = jnp.zeros((n, n), x.dtype)
+    k = everywhere(jnp.zeros((n, n), x.dtype))
     for i in _starts(n, size):
         for j in _starts(n, size):
             if j <= i:
@@ -137,7 +153,7 @@ def lower_gram(kernel, x, *, block_size=0):
 
 @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
 def _fill_tile(kernel, k, x, i, j, size):
-    tile = kernel.value(_rows(x, i, size), _rows(x, j, size))
+    tile = over_rows(kernel.value, _rows(x, i, size), _rows(x, j, size))
     return jax.lax.dynamic_update_slice(k, tile, (i, j))
 
 
@@ -151,42 +167,44 @@ def _fill_diagonal(kernel, k, x):
 def _factorise(k_ss, diag_reg):
     index = jnp.arange(len(k_ss))
     ridge = diag_reg * jnp.diagonal(k_ss).mean()
-    return jax.lax.linalg.cholesky(k_ss.at[index, index].add(ridge), symmetrize_input=False), ridge
+    return *cholesky_in_place(k_ss.at[index, index].add(ridge)), ridge
 
 
-@jax.jit
-def _solve(factor, y):
-    return cho_solve((factor, True), y)
+_solve = jax.jit(cholesky_solve)
 
 
 class SupportGradient(NamedTuple):
-    """dL/dX_S, shape of the support images, and dL/dY_S, shape (S, C)."""
+    """The loss and its gradient with respect to the support."""
 
-    x_support: jax.Array
-    y_support: jax.Array
+    loss: jax.Array  # L, a scalar
+    x_support: jax.Array  # dL/dX_S, shape of the support images
+    y_support: jax.Array  # dL/dY_S, shape (S, C)
 
 
-def support_gradient(fitted, x_target, g, *, diag_reg, block_size=0):
-    """Exact gradient of L(f(X_T)) with respect to the support (the outer steps of Eq. 7).
+def support_gradient(fitted, x_target, y_target, *, loss, diag_reg, block_size=0):
+    """L(f(X_T)) and its exact gradient with respect to the support (the outer steps of Eq. 7).
 
     Args:
       fitted: what `fit` returned for the support.
       x_target: the (attacked) target images, shape (T, ...); constants of this gradient.
-      g: G = dL/df at f(x_target), shape (T, C).
+      y_target: their labels, shape (T, C).
+      loss: loss(logits, labels) of each image, from shapes (n, C) to (n,), a hashable function;
+        L is the mean.
       diag_reg: as given to `fit`; the relative ridge depends on the support, too.
-      block_size: rows of a tile; 0 chooses from `TILE_FLOATS`.
+      block_size: rows of a tile; 0 chooses from `devices.tile_floats`.
 
     Returns:
       A `SupportGradient`. Cost: 4 S T D + 3 S^2 D + O(S^2 C) operations.
     """
     kernel, x, alpha = fitted.machine.kernel, fitted.machine.x_support, fitted.machine.alpha
-    n = len(x)
-    size = even_size(n, block_size or rows_of_tile(kernel, max(n, len(x_target))))
-    starts = _starts(n, size)
+    n, n_target = len(x), len(x_target)
+    x_target, y_target = everywhere(x_target), everywhere(y_target)
+    size = even_size(n_target, block_size or rows_of_tile(kernel, n))
 
-    gradient, k_st_g = jnp.zeros_like(x), jnp.zeros_like(alpha)
-    for i in starts:
-        gradient, k_st_g = _pull_target(kernel, gradient, k_st_g, x, alpha, x_target, g, i, size)
+    sums = jnp.zeros((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(alpha)
+    for i in range(0, n_target, size):
+        sums = _pull_target(kernel, loss, size, sums, x, alpha, x_target, y_target, i)
+    value, gradient, k_st_g = sums
     b = _solve(fitted.factor, k_st_g)
     diagonal = -(b * alpha).sum(1) - diag_reg / n * (b * alpha).sum()
     gradient = _pull_diagonal(kernel, gradient, x, diagonal)
@@ -194,17 +212,29 @@ def support_gradient(fitted, x_target, g, *, diag_reg, block_size=0):
     for i in range(0, n, size):
         for j in range(0, i + 1, size):
             gradient = _pull_pair(kernel, gradient, x, alpha, b, i, j, size, i == j)
-    return SupportGradient(gradient, b)
+    return SupportGradient(value, gradient, b)
 
 
-@partial(jax.jit, static_argnums=(0, 8), donate_argnums=(1, 2))
-def _pull_target(kernel, gradient, k_st_g, x, alpha, x_target, g, i, size):
-    """Rows i of K_ST G, and of the part of dL/dX_S that flows through K_TS."""
-    k, pullback = kernel.value_and_pullback(_rows(x, i, size), x_target)
-    return (
-        _set_rows(gradient, pullback(_product(_rows(alpha, i, size), g.T))[0], i),
-        _set_rows(k_st_g, _product(k, g), i),
-    )
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _pull_target(kernel, loss, size, sums, x, alpha, x_target, y_target, i):
+    """Adds what target images i to i + size give: to L, to dL/dX_S through K_TS, to K_ST G.
+
+    A batch at the end is moved back to fit; what it shares with the one before has weight 0.
+    """
+    start = jnp.minimum(i, len(x_target) - size)
+    weights = jnp.where(start + jnp.arange(size) >= i, 1 / len(x_target), 0).astype(x.dtype)
+
+    def add(rows, support):
+        (x_target, y_target, weights), (x, alpha) = rows, support
+        k, pullback = kernel.value_and_pullback(x_target, x)
+        losses, pull_loss = jax.vjp(lambda logits: loss(logits, y_target), product(k, alpha))
+        (g,) = pull_loss(weights)
+        parts = (losses * weights).sum(), pullback(product(g, alpha.T))[1], product(k.T, g)
+        return jax.tree.map(lambda part: part[None], parts)
+
+    rows = (_rows(x_target, start, size), _rows(y_target, start, size), weights)
+    parts = over_rows(add, rows, (x, alpha))
+    return jax.tree.map(lambda total, part: total + part.sum(0), sums, parts)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -226,10 +256,15 @@ def _pull_pair(kernel, gradient, x, alpha, b, i, j, size, same):
     columns, alpha_j, b_j = (_rows(a, column, size) for a in (x, alpha, b))
     index_i, index_j = row + jnp.arange(size)[:, None], column + jnp.arange(size)
     own = (index_i >= i) & (index_j >= j) & (index_i != index_j)
-    w = jnp.where(own, -(_product(b_i, alpha_j.T) + _product(alpha_i, b_j.T)), 0)
-    to_rows, to_columns = kernel.value_and_pullback(rows, columns)[1](w)
+    w = jnp.where(own, -(product(b_i, alpha_j.T) + product(alpha_i, b_j.T)), 0)
+
+    def pull(rows, columns):
+        to_rows, to_columns = kernel.value_and_pullback(rows[0], columns)[1](rows[1])
+        return to_rows, to_columns[None]
+
+    to_rows, to_columns = over_rows(pull, (rows, w), columns)
     gradient = _add_rows(gradient, to_rows, row)
-    return gradient if same else _add_rows(gradient, to_columns, column)
+    return gradient if same else _add_rows(gradient, to_columns.sum(0), column)
 
 
 def _rows(x, start, size):
@@ -250,18 +285,13 @@ def _starts(n, size):
 
 
 def rows_of_tile(kernel, n_columns):
-    """Rows of a tile with `n_columns` columns that hold `TILE_FLOATS` working floats.
+    """Rows of a tile with `n_columns` columns that hold `devices.tile_floats` working floats.
 
     At least 256, since a product of few rows spends its time reading the other factor.
     """
-    return max(256, TILE_FLOATS // (kernel.floats_per_pair * n_columns))
+    return max(256, tile_floats() // (kernel.floats_per_pair * n_columns))
 
 
 def square_tile(kernel):
-    """Rows, and columns, of a square tile that holds `TILE_FLOATS` working floats."""
-    return int((TILE_FLOATS / kernel.floats_per_pair) ** 0.5)
-
-
-def even_size(n, size):
-    """Rows of the fewest equal parts of n that have at most `size` rows."""
-    return -(-n // -(-n // size))
+    """Rows, and columns, of a square tile that holds `devices.tile_floats` working floats."""
+    return int((tile_floats() / kernel.floats_per_pair) ** 0.5)

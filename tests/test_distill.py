@@ -313,7 +313,7 @@ def test_a_support_that_overflows_stops_and_keeps_the_best(digits, monkeypatch):
 def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
     def broken(fitted, *_, **__):
         x, y = fitted.machine.x_support, fitted.machine.alpha
-        return krr.SupportGradient(x * np.nan, y)
+        return krr.SupportGradient(jnp.float32(1), x * np.nan, y)
 
     monkeypatch.setattr(krr, "support_gradient", broken)
     with pytest.raises(distill.DivergedError, match="expected a finite support") as error:
