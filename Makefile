@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARAMS ?= params/digits.yaml
 
-.PHONY: help install conda demo test lab run bench readme notebooks clean
+.PHONY: help install conda demo test lab run bench bench-paper readme notebooks clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/installed  ## makes .venv with the pinned stack
 
@@ -40,8 +40,11 @@ test: install  ## ruff, pytest, and the notebooks on their small defaults
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
-bench: install  ## one outer step against the plain neural_tangents way
+bench: install  ## the engine against neural_tangents references
 	$(BIN)/python -m tests.bench
+
+bench-paper: install  ## one outer step at the paper's largest setting: 7 GB, ten minutes
+	$(BIN)/python -m tests.bench paper_scale
 
 readme: install  ## the README's results table from reports/
 	$(BIN)/python -m advkip.records README.md $$(git ls-files "reports/*/results.json")

@@ -50,8 +50,9 @@ def over_rows(function, rows, rest):
     Args:
       function: takes (rows, rest) and returns arrays with one row for each row, or with a leading
         axis of length 1 for a part that the caller sums over devices.
-      rows: pytree of arrays with the same number of rows. They are filled up with copies of the
-        first to a multiple of the number of devices, and what is returned for these is cut off.
+      rows: pytree of arrays with the same number of rows. They are filled up with zeros to a
+        multiple of the number of devices; rows that are returned for these are cut off, and a
+        summed part must not change by a row of zeros.
       rest: pytree of arrays that every device sees whole.
 
     Returns:
@@ -62,7 +63,7 @@ def over_rows(function, rows, rest):
         return function(rows, rest)
     n = len(jax.tree.leaves(rows)[0])
     fill = -n % n_devices
-    rows = jax.tree.map(lambda a: jnp.concatenate([a, jnp.repeat(a[:1], fill, 0)]), rows)
+    rows = jax.tree.map(lambda a: jnp.pad(a, [(0, fill)] + [(0, 0)] * (a.ndim - 1)), rows)
     split, whole = PartitionSpec("rows"), PartitionSpec()
     spread = jax.shard_map(
         function, mesh=_mesh(), in_specs=(split, whole), out_specs=split, check_vma=False
@@ -78,18 +79,63 @@ def even_size(n, size):
     return -(-n // math.ceil(n / size))
 
 
+CHOLESKY_DIRECT, CHOLESKY_BLOCK = 20_000, 5000
+"""Matrices of more rows than the first are factorised in blocks of at most the second: OpenBLAS
+crashes in potrf when the matrix exceeds 2 GiB (23,000 rows in float32)."""
+
+
 def cholesky_in_place(a):
     """Lower Cholesky factor of a symmetric positive definite matrix, in its own memory.
 
     Args:
-      a: shape (n, n), of which only the lower triangle is read. Inside `jax.jit` with `a`
-        donated, the factor takes its place; on a CPU nothing else is allocated.
+      a: shape (n, n), of which only the lower triangle is read. It is donated: the factor takes
+        its place, and `a` cannot be used any more. On a CPU nothing else is allocated up to
+        n = CHOLESKY_DIRECT, and a few blocks beyond.
 
     Returns:
-      The factor L, whose strict upper triangle holds what `a` held there or zeros, and whether
-      the factorisation succeeded.
+      The factor L, whose strict upper triangle is to be ignored, and whether all went well.
     """
-    return jax.lax.platform_dependent(a, cpu=_lapack_cholesky, default=_jax_cholesky)
+    n = len(a)
+    size = n if n <= CHOLESKY_DIRECT else even_size(n, CHOLESKY_BLOCK)
+    blocks = [(i, min(size, n - i)) for i in range(0, n, size)]
+    success = True
+    for k, block in enumerate(blocks):
+        a, positive = _factorise_block(a, *block)
+        success &= bool(positive)
+        for i in blocks[k + 1 :]:
+            a = _solve_block(a, *i, *block)
+        for j, column in enumerate(blocks[k + 1 :], k + 1):
+            for i in blocks[j:]:
+                a = _update_block(a, *i, *column, *block)
+    return a, success
+
+
+@partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _factorise_block(a, k, size):
+    """L_kk of A_kk."""
+    if size == len(a):
+        return jax.lax.platform_dependent(a, cpu=_lapack_cholesky, default=_jax_cholesky)
+    block = jax.lax.dynamic_slice(a, (k, k), (size, size))
+    factor, success = jax.lax.platform_dependent(block, cpu=_lapack_cholesky, default=_jax_cholesky)
+    return jax.lax.dynamic_update_slice(a, factor, (k, k)), success
+
+
+@partial(jax.jit, static_argnums=(2, 4), donate_argnums=0)
+def _solve_block(a, i, rows, k, size):
+    """L_ik = A_ik L_kk^-T."""
+    factor = jax.lax.dynamic_slice(a, (k, k), (size, size))
+    block = jax.lax.dynamic_slice(a, (i, k), (rows, size))
+    block = jax.lax.linalg.triangular_solve(factor, block, lower=True, transpose_a=True)
+    return jax.lax.dynamic_update_slice(a, block, (i, k))
+
+
+@partial(jax.jit, static_argnums=(2, 4, 6), donate_argnums=0)
+def _update_block(a, i, rows, j, columns, k, size):
+    """A_ij - L_ik L_jk^T."""
+    left = jax.lax.dynamic_slice(a, (i, k), (rows, size))
+    right = jax.lax.dynamic_slice(a, (j, k), (columns, size))
+    block = jax.lax.dynamic_slice(a, (i, j), (rows, columns)) - product(left, right.T)
+    return jax.lax.dynamic_update_slice(a, block, (i, j))
 
 
 def _jax_cholesky(a):

@@ -353,6 +353,8 @@ def save(path, distilled, experiment, dataset):
 
 
 def _write(path, **arrays):
+    if jax.process_index():  # of several hosts, which all have the same arrays, the first writes
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:

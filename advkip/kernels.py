@@ -139,8 +139,7 @@ def _relu_recursion(sigma, p, q, depth, w2, b2):
         c = jnp.clip(sigma * inverse_root, -1.0, 1.0)
         square = (1 - c) * (1 + c)
         sine = jnp.sqrt(square)
-        angle = arccos(c)
-        k0 = 0.5 - angle / (2 * math.pi)
+        k0 = 0.5 - arccos(c) / (2 * math.pi)
         k1 = root * sine / (2 * math.pi) + sigma * k0
         k0_c = sine / (
             2 * math.pi * jnp.maximum(square, cusp_width(sigma.dtype))

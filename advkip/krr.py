@@ -14,17 +14,20 @@ all of rank C (plus the trace term of the relative ridge), so the kernel's pullb
 `kernels`) carries them to the images in tiles that are formed, used and dropped. Every tile is
 spread over all devices (`devices.over_rows`); K_SS and the solves are on each of them.
 
-What S a given memory allows. One array of S x S; the support with its gradient and Adam's two
-moments, a copy of the best, of S x D each; tiles of a fixed size. In float32:
+What S a given memory allows. One array of S x S; the support, its gradient, Adam's two moments
+and a copy of the best, of S x D each; the target batch twice; tiles. In float32, in bytes,
 
-    bytes = 4 S^2 + 20 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on a GPU)
+    4 S^2 + 20 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on an accelerator)
 
-    memory   8 GB    12 GB   16 GB   24 GB   40 GB   80 GB
-    S        42,000  52,000  60,000  74,000  97,000  138,000    (D = 784)
-    S        36,000  46,000  54,000  68,000  91,000  131,000    (D = 3,072)
+so that, with T = S / 4 and a tenth of the memory to spare,
 
-and half of these S x S floats in float64. JAX's own Cholesky, used on GPUs, holds two more
-arrays of S x S while it runs; on a CPU the factor is made in place.
+    memory        8 GB   12 GB   16 GB   24 GB   40 GB    80 GB
+    D = 784     40,000  49,000  57,000  71,000  92,000  132,000
+    D = 3,072   34,000  44,000  52,000  65,000  86,000  125,000
+
+and in float64 what half the memory allows. On accelerators JAX's own Cholesky, up to
+`devices.CHOLESKY_DIRECT` rows, works in two more arrays of S x S; beyond, and on CPUs, there
+are none.
 
 `kernel` below is any object with the interface of `kernels`; S support, T target, C classes.
 """
@@ -125,7 +128,8 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
             "data without them, or lower the learning rate if they came from a run"
         )
     k_ss = lower_gram(kernel, x_support, block_size=block_size)
-    factor, success, ridge = _factorise(k_ss, diag_reg)
+    k_ss, ridge = _add_ridge(k_ss, diag_reg)
+    factor, success = cholesky_in_place(k_ss)
     if not success:
         raise FloatingPointError(
             f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
@@ -144,17 +148,23 @@ def lower_gram(kernel, x, *, block_size=0):
     n = len(x)
     size = even_size(n, block_size or square_tile(kernel))
     k = everywhere(jnp.zeros((n, n), x.dtype))
-    for i in _starts(n, size):
-        for j in _starts(n, size):
-            if j <= i:
-                k = _fill_tile(kernel, k, x, i, j, size)
+    for row in range(-(-n // size)):
+        k = _fill_row(kernel, size, k, x, row)
     return _fill_diagonal(kernel, k, x)
 
 
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
-def _fill_tile(kernel, k, x, i, j, size):
-    tile = over_rows(kernel.value, _rows(x, i, size), _rows(x, j, size))
-    return jax.lax.dynamic_update_slice(k, tile, (i, j))
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _fill_row(kernel, size, k, x, row):
+    """Tiles 0 to `row` of a row of tiles; one at the end is moved back to fit."""
+    start = jnp.minimum(row * size, len(x) - size)
+    rows = _rows(x, start, size)
+
+    def fill(column, k):
+        column = jnp.minimum(column * size, len(x) - size)
+        tile = over_rows(kernel.value, rows, _rows(x, column, size))
+        return jax.lax.dynamic_update_slice(k, tile, (start, column))
+
+    return jax.lax.fori_loop(0, row + 1, fill, k)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -164,10 +174,10 @@ def _fill_diagonal(kernel, k, x):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _factorise(k_ss, diag_reg):
+def _add_ridge(k_ss, diag_reg):
     index = jnp.arange(len(k_ss))
     ridge = diag_reg * jnp.diagonal(k_ss).mean()
-    return *cholesky_in_place(k_ss.at[index, index].add(ridge)), ridge
+    return k_ss.at[index, index].add(ridge), ridge
 
 
 _solve = jax.jit(cholesky_solve)
@@ -200,31 +210,25 @@ def support_gradient(fitted, x_target, y_target, *, loss, diag_reg, block_size=0
     n, n_target = len(x), len(x_target)
     x_target, y_target = everywhere(x_target), everywhere(y_target)
     size = even_size(n_target, block_size or rows_of_tile(kernel, n))
-
-    sums = jnp.zeros((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(alpha)
-    for i in range(0, n_target, size):
-        sums = _pull_target(kernel, loss, size, sums, x, alpha, x_target, y_target, i)
-    value, gradient, k_st_g = sums
+    value, gradient, k_st_g = _pull_target(kernel, loss, size, x, alpha, x_target, y_target)
     b = _solve(fitted.factor, k_st_g)
     diagonal = -(b * alpha).sum(1) - diag_reg / n * (b * alpha).sum()
     gradient = _pull_diagonal(kernel, gradient, x, diagonal)
     size = even_size(n, block_size or square_tile(kernel))
-    for i in range(0, n, size):
-        for j in range(0, i + 1, size):
-            gradient = _pull_pair(kernel, gradient, x, alpha, b, i, j, size, i == j)
+    for row in range(-(-n // size)):
+        gradient = _pull_row(kernel, size, gradient, x, alpha, b, row)
     return SupportGradient(value, gradient, b)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _pull_target(kernel, loss, size, sums, x, alpha, x_target, y_target, i):
-    """Adds what target images i to i + size give: to L, to dL/dX_S through K_TS, to K_ST G.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _pull_target(kernel, loss, size, x, alpha, x_target, y_target):
+    """L, the part of dL/dX_S that flows through K_TS, and K_ST G, summed over target batches.
 
     A batch at the end is moved back to fit; what it shares with the one before has weight 0.
     """
-    start = jnp.minimum(i, len(x_target) - size)
-    weights = jnp.where(start + jnp.arange(size) >= i, 1 / len(x_target), 0).astype(x.dtype)
+    n = len(x_target)
 
-    def add(rows, support):
+    def pull(rows, support):
         (x_target, y_target, weights), (x, alpha) = rows, support
         k, pullback = kernel.value_and_pullback(x_target, x)
         losses, pull_loss = jax.vjp(lambda logits: loss(logits, y_target), product(k, alpha))
@@ -232,9 +236,15 @@ def _pull_target(kernel, loss, size, sums, x, alpha, x_target, y_target, i):
         parts = (losses * weights).sum(), pullback(product(g, alpha.T))[1], product(k.T, g)
         return jax.tree.map(lambda part: part[None], parts)
 
-    rows = (_rows(x_target, start, size), _rows(y_target, start, size), weights)
-    parts = over_rows(add, rows, (x, alpha))
-    return jax.tree.map(lambda total, part: total + part.sum(0), sums, parts)
+    def add(batch, sums):
+        start = jnp.minimum(batch * size, n - size)
+        weights = jnp.where(start + jnp.arange(size) >= batch * size, 1 / n, 0).astype(x.dtype)
+        rows = (_rows(x_target, start, size), _rows(y_target, start, size), weights)
+        parts = over_rows(pull, rows, (x, alpha))
+        return jax.tree.map(lambda total, part: total + part.sum(0), sums, parts)
+
+    sums = jnp.zeros((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(alpha)
+    return jax.lax.fori_loop(0, -(-n // size), add, sums)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -243,45 +253,45 @@ def _pull_diagonal(kernel, gradient, x, diagonal):
     return gradient + jax.vjp(kernel.diagonal, x)[1](diagonal)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 7, 8), donate_argnums=1)
-def _pull_pair(kernel, gradient, x, alpha, b, i, j, size, same):
-    """Adds what flows through the tile of K_SS in rows i and columns j, and its mirror image.
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _pull_row(kernel, size, gradient, x, alpha, b, row):
+    """Adds what flows through tiles 0 to `row` of a row of tiles of K_SS, and their mirror images.
 
     An image stands in a row and in a column of K_SS, so w = -(B alpha^T + alpha B^T), which is
-    symmetric: one pullback serves the tile and its mirror. A tile at the end is moved back to
-    fit; what it shares with the tile before it is left out, as is the diagonal.
+    symmetric: one pullback serves a tile and its mirror. The last row of tiles is moved back to
+    fit; what it shares with the one before it is left out, as is the diagonal.
     """
-    row, column = (jnp.minimum(start, len(x) - size) for start in (i, j))
-    rows, alpha_i, b_i = (_rows(a, row, size) for a in (x, alpha, b))
-    columns, alpha_j, b_j = (_rows(a, column, size) for a in (x, alpha, b))
-    index_i, index_j = row + jnp.arange(size)[:, None], column + jnp.arange(size)
-    own = (index_i >= i) & (index_j >= j) & (index_i != index_j)
-    w = jnp.where(own, -(product(b_i, alpha_j.T) + product(alpha_i, b_j.T)), 0)
+    i = jnp.minimum(row * size, len(x) - size)
+    left, right = jnp.concatenate([b, alpha], 1), jnp.concatenate([alpha, b], 1)
+    rows, left = _rows(x, i, size), _rows(left, i, size)
 
     def pull(rows, columns):
         to_rows, to_columns = kernel.value_and_pullback(rows[0], columns)[1](rows[1])
         return to_rows, to_columns[None]
 
-    to_rows, to_columns = over_rows(pull, (rows, w), columns)
-    gradient = _add_rows(gradient, to_rows, row)
-    return gradient if same else _add_rows(gradient, to_columns.sum(0), column)
+    def tile(column):
+        j = jnp.minimum(column * size, len(x) - size)
+        index_i, index_j = i + jnp.arange(size)[:, None], j + jnp.arange(size)
+        own = (index_i >= row * size) & (index_j >= column * size) & (index_i != index_j)
+        w = jnp.where(own, -product(left, _rows(right, j, size).T), 0)
+        return j, *over_rows(pull, (rows, w), _rows(x, j, size))
+
+    def add(column, sums):
+        gradient, to_rows = sums
+        j, to_i, to_j = tile(column)
+        return _add_rows(gradient, to_j.sum(0), j), to_rows + to_i
+
+    gradient, to_rows = jax.lax.fori_loop(0, row, add, (gradient, tile(row)[1]))
+    return _add_rows(gradient, to_rows, i)
 
 
 def _rows(x, start, size):
     return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
-def _set_rows(x, rows, start):
-    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
-
-
 def _add_rows(x, rows, start):
-    return _set_rows(x, _rows(x, start, len(rows)) + rows, start)
-
-
-def _starts(n, size):
-    """First rows of the tiles; the last one is moved back so that all have the same shape."""
-    return [min(i, n - size) for i in range(0, n, size)]
+    rows = _rows(x, start, len(rows)) + rows
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
 
 
 def rows_of_tile(kernel, n_columns):

@@ -1,18 +1,25 @@
-"""`make bench`: one outer step of Algorithm 1, ours against the plain way, within one run.
+"""`make bench` and `make bench-paper`: the engine against references, within one run.
 
-The reference is what the public notebooks do: neural_tangents kernels, the linear system solved
-and differentiated at every inner step, autodiff through kernels and solve outside. Both sides run
-in float32 on the same images (mnist from ADVKIP_DATA if there, else noise of the same shape). The
-floor is the step's unavoidable multiplications at the rate of a large matrix product.
+References, both with neural_tangents kernels and autodiff, in float32 on the same images:
 
-Writes reports/benchmarks/bench.json, a list of {"work", "reference_s", "ours_s", "ratio",
-"floor_fraction", "peak_gb", "agreement"}; `agreement` holds the relative errors of both support
-gradients against float64.
+- plain: what the public notebooks do; the linear system is solved, and differentiated, at every
+  inner step;
+- careful: the solve is taken out of the inner loop, autodiff goes through it in the outer step.
+
+The floor is the step's multiplications at the rate of a large matrix product in the same run.
+Each measurement has a process of its own; its peak memory is what it holds at most, less what it
+held with the data in place. Images are MNIST's from ADVKIP_DATA, else noise of that shape.
+
+Writes reports/benchmarks/bench.json (or paper_scale.json), a list of {"work", "reference_s",
+"ours_s", "ratio", "floor_fraction", "peak_gb", "agreement"}. `agreement` holds relative errors
+against float64, of ours and of the reference, or what else shows that the results are the same.
 """
 
 import json
 import os
 import resource
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,79 +27,102 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from advkip import attacks, data, kernels, krr
 
-S, T, PGD_STEPS, EPSILON, STEP_SIZE, DIAG_REG = 2000, 400, 10, 0.3, 0.1, 1e-6
-DEPTH = 3
+DIAG_REG, DEPTH = 1e-6, 3
+# S, T, inner steps, epsilon, step size, data set
+MNIST = 5000, 1000, 10, 0.3, 0.1, "mnist"
+PAPER = 40_000, 10_000, 6, 8 / 255, 2 / 255, "cifar10"
 
 
-def images():
+def images(n_support, n_target, name):
     """X_S, Y_S, X_T, Y_T in float32."""
-    rng = np.random.default_rng(0)
-    if (Path(os.environ.get("ADVKIP_DATA", ".")) / "mnist.npz").exists():
-        mnist = data.load("mnist")
-        x, y = data.to_float(mnist.x_train[: S + T]), mnist.y_train[: S + T]
+    n = n_support + n_target
+    if (Path(os.environ.get("ADVKIP_DATA", ".")) / f"{name}.npz").exists():
+        dataset = data.load(name)
+        x, y = data.to_float(dataset.x_train[:n]), dataset.y_train[:n]
     else:
-        x = rng.uniform(0, 1, (S + T, 28, 28, 1)).astype("float32")
-        y = rng.integers(0, 10, S + T)
+        rng = np.random.default_rng(0)
+        shape = (28, 28, 1) if name == "mnist" else (32, 32, 3)
+        x, y = rng.random((n, *shape), "float32"), rng.integers(0, 10, n)
     labels = data.one_hot(y, 10)
-    return x[:S], labels[:S] - np.float32(0.1), x[S:], labels[S:]
+    parts = x[:n_support], labels[:n_support] - np.float32(0.1), x[n_support:], labels[n_support:]
+    return [jnp.asarray(part) for part in parts]
 
 
-def reference_functions():
+def dense_network():
     stax = kernels.stax_module()
     dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * DEPTH
-    net = stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))[2]
+    return stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))[2]
 
-    def loss(x_t, y_t, x_s, y_s):
-        k_ss = net(x_s, x_s, "ntk")
-        ridge = DIAG_REG * jnp.trace(k_ss) / len(x_s)
-        alpha = jax.scipy.linalg.solve(
-            k_ss + ridge * jnp.eye(len(x_s), dtype=x_s.dtype), y_s, assume_a="pos"
-        )
-        return attacks.cross_entropy(net(x_t, x_s, "ntk") @ alpha, y_t).mean()
 
-    inner = jax.jit(jax.grad(loss))
+def solve(net, x_s, y_s):
+    k_ss = net(x_s, x_s, "ntk")
+    ridge = DIAG_REG * jnp.trace(k_ss) / len(x_s)
+    k_ss = k_ss + ridge * jnp.eye(len(x_s), dtype=x_s.dtype)
+    return jax.scipy.linalg.solve(k_ss, y_s, assume_a="pos")
+
+
+def loss(x_t, y_t, x_s, y_s):
+    net = dense_network()
+    return attacks.cross_entropy(net(x_t, x_s, "ntk") @ solve(net, x_s, y_s), y_t).mean()
+
+
+def loss_of_alpha(x_t, y_t, x_s, alpha):
+    return attacks.cross_entropy(dense_network()(x_t, x_s, "ntk") @ alpha, y_t).mean()
+
+
+def reference_step(work, *, careful):
+    """The function of one outer step: X_S, Y_S, X_T, Y_T to dL/dX_S, dL/dY_S."""
+    *_, n_steps, epsilon, step_size, _ = work
+    inner = jax.jit(jax.grad(loss_of_alpha if careful else loss))
     outer = jax.jit(jax.grad(loss, (2, 3)))
-    threat = attacks.Threat("linf", EPSILON)
+    fit = jax.jit(lambda x, y: solve(dense_network(), x, y))
+    threat = attacks.Threat("linf", epsilon)
 
     def step(x_s, y_s, x_t, y_t):
-        x = x_t
-        for _ in range(PGD_STEPS):
-            g = inner(x, y_t, x_s, y_s)
-            x = attacks.project(x + STEP_SIZE * jnp.sign(g), x_t, threat)
+        x, weights = x_t, fit(x_s, y_s) if careful else y_s
+        for _ in range(n_steps):
+            x = attacks.project(x + step_size * jnp.sign(inner(x, y_t, x_s, weights)), x_t, threat)
         return outer(x, y_t, x_s, y_s)
 
-    return step, outer
+    return step
 
 
-def our_functions():
+def our_step(work):
+    """The same for the engine."""
+    n_support, _, n_steps, epsilon, step_size, _ = work
     kernel = kernels.by_name(f"fc{DEPTH}")
-    threat = attacks.Threat("linf", EPSILON)
-    slope = jax.jit(jax.grad(lambda f, y: attacks.cross_entropy(f, y).mean()))
-    rows = krr.rows_of_tile(kernel, S)
-
-    def outer(fitted, x, y_t):
-        g = slope(attacks.predict(fitted.machine, x, batch_size=rows), y_t)
-        return tuple(krr.support_gradient(fitted, x, g, diag_reg=DIAG_REG))
+    rows = krr.rows_of_tile(kernel, n_support)
 
     def step(x_s, y_s, x_t, y_t):
         fitted = krr.fit(kernel, x_s, y_s, diag_reg=DIAG_REG)
         attack = partial(
-            attacks.pgd, fitted.machine, threat=threat, n_steps=PGD_STEPS, step_size=STEP_SIZE
+            attacks.pgd, fitted.machine, threat=attacks.Threat("linf", epsilon),
+            n_steps=n_steps, step_size=step_size,
+        )  # fmt: skip
+        x = attacks.in_batches(attack, x_t, y_t, batch_size=rows) if n_steps else x_t
+        gradient = krr.support_gradient(
+            fitted, x, y_t, loss=attacks.cross_entropy, diag_reg=DIAG_REG
         )
-        return outer(fitted, attacks.in_batches(attack, x_t, y_t, batch_size=rows), y_t)
+        return gradient.x_support, gradient.y_support, fitted.machine, fitted.ridge
 
-    def gradient(x_t, y_t, x_s, y_s):
-        return outer(krr.fit(kernel, x_s, y_s, diag_reg=DIAG_REG), x_t, y_t)
-
-    return step, gradient
+    return step
 
 
-def seconds(function, *arguments, repeat=3):
-    """Median time of a call after a first one that compiles."""
-    jax.block_until_ready(function(*arguments))
+def residual(machine, ridge, y_s):
+    """|(K_SS + r) alpha - Y_S| / |Y_S| on 200 rows, with K_SS computed anew."""
+    rows = np.linspace(0, len(y_s) - 1, 200).astype(int)
+    found = machine(machine.x_support[rows]) + ridge * machine.alpha[rows]
+    return float(jnp.linalg.norm(found - y_s[rows]) / jnp.linalg.norm(y_s[rows]))
+
+
+def seconds(function, *arguments, repeat=3, warm=True):
+    """Median time of a call, after a first one that compiles."""
+    if warm:
+        jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeat):
         began = time.perf_counter()
@@ -101,50 +131,196 @@ def seconds(function, *arguments, repeat=3):
     return sorted(times)[repeat // 2]
 
 
-def floor_seconds(pixels):
-    """Time of the step's multiplications at the rate of a 4096^3 product."""
+def product_rate():
+    """FLOP/s of a 4096^3 product."""
     a = jnp.ones((4096, 4096), "float32")
-    rate = 2 * 4096**3 / seconds(jax.jit(jnp.matmul), a, a)
-    gram, inner = S * S * pixels, PGD_STEPS * 4 * T * S * pixels
-    outer = 6 * T * S * pixels + 4 * S * S * pixels
-    return (gram + S**3 / 3 + inner + outer) / rate
+    return 2 * 4096**3 / seconds(jax.jit(jnp.matmul), a, a)
 
 
-def relative_errors():
-    """Errors of dL/dX_S at 400 support images against float64: ours, the reference's."""
-    x_s, y_s, x_t, y_t = images()
-    arguments = x_t[:100], y_t[:100], x_s[:400], y_s[:400]
-    with jax.enable_x64(True):
-        exact = reference_functions()[1](*(jnp.asarray(a, "float64") for a in arguments))[0]
-        exact = np.asarray(exact)
-    errors = {}
-    for name, gradient in (("ours", our_functions()[1]), ("reference", reference_functions()[1])):
-        found = np.asarray(gradient(*map(jnp.asarray, arguments))[0], "float64")
-        errors[name] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-    return errors
+def operations(work, pixels):
+    """FLOPs of one step as the paper's loss needs them (autodiff's without its waste)."""
+    s, t, n_steps, *_ = work
+    k_ss, inner, outer = s * s * pixels, n_steps * 4 * t * s * pixels, 6 * t * s * pixels
+    return k_ss + s**3 / 3 + inner + outer + 4 * s * s * pixels
 
 
-def main():
-    arguments = [jnp.asarray(a) for a in images()]
-    floor = floor_seconds(arguments[0][0].size)
-    ours = seconds(our_functions()[0], *arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    reference = seconds(reference_functions()[0], *arguments, repeat=1)
-    result = {
-        "work": f"one outer step, fc{DEPTH}, 28x28, S {S}, T {T}, {PGD_STEPS} inner steps, float32",
-        "reference_s": round(reference, 3),
-        "ours_s": round(ours, 3),
-        "ratio": round(reference / ours, 2),
-        "floor_fraction": round(floor / ours, 3),
-        "peak_gb": round(peak, 2),
-        "agreement": relative_errors(),
+def peak_gb():
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def memory_gb():
+    """Resident memory of this process now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9
+
+
+def measure(which, work, repeat, warm):
+    """(seconds, peak GB above the data, floor in seconds, residual) of 'ours', 'plain' or
+    'careful'; the residual of ours alone."""
+    arguments = images(work[0], work[1], work[-1])
+    step = our_step(work) if which == "ours" else reference_step(work, careful=which == "careful")
+    last = []
+
+    def keep(*arguments):
+        last[:] = step(*arguments)
+        return last
+
+    before = memory_gb()
+    time_ = seconds(keep, *arguments, repeat=repeat, warm=warm)
+    peak = peak_gb() - before
+    floor = operations(work, arguments[0][0].size) / product_rate()
+    return time_, peak, floor, residual(*last[2:], arguments[1]) if which == "ours" else None
+
+
+def gradient_errors():
+    """Errors of dL/dX_S at 400 MNIST images against float64: engine and reference in both."""
+    arguments = [np.asarray(a) for a in images(400, 100, "mnist")]
+    work = (400, 100, 0, 0.3, 0.1, "mnist")
+    found = {}
+    for dtype in ("float64", "float32"):
+        with jax.enable_x64(dtype == "float64"):
+            given = [jnp.asarray(a, dtype) for a in arguments]
+            # Off the diagonal: neural_tangents' own k(x, x) is wrong in its eighth digit.
+            for name, step in (
+                ("ours", our_step(work)), ("reference", reference_step(work, careful=False)),
+            ):  # fmt: skip
+                found[name, dtype] = np.asarray(step(*given)[0], "float64")
+    exact = found["reference", "float64"]
+    return {
+        f"{name}_{dtype}": float(np.linalg.norm(value - exact) / np.linalg.norm(exact))
+        for (name, dtype), value in found.items()
+        if (name, dtype) != ("reference", "float64")
     }
-    for key, value in result.items():
-        print(f"{key:15} {value}")
-    folder = Path("reports/benchmarks")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps([result], indent=1) + "\n")
+
+
+def short_run():
+    """Robust accuracy on 1,000 test images after 20 outer steps of both, S 500, T 250."""
+    work = (500, 250, 10, 0.3, 0.1, "mnist")
+    x_s, y_s, x_t, y_t = images(5500, 1000, "mnist")
+    pool, pool_labels, kernel = x_s[500:], y_s[500:] + 0.1, kernels.by_name(f"fc{DEPTH}")
+    accuracies = {}
+    for name, step in (
+        ("ours", our_step(work)), ("reference", reference_step(work, careful=False)),
+    ):  # fmt: skip
+        x, y, optimizer = x_s[:500], y_s[:500], optax.adam(5e-3)
+        state = optimizer.init((x, y))
+        for i in range(20):
+            batch = slice(250 * i, 250 * (i + 1))
+            gradient = tuple(step(x, y, pool[batch], pool_labels[batch]))[:2]
+            changes, state = optimizer.update(gradient, state)
+            x, y = optax.apply_updates((x, y), changes)
+        machine = krr.fit(kernel, x, y, diag_reg=DIAG_REG).machine
+        attacked = attacks.pgd(
+            machine, x_t, y_t, threat=attacks.Threat("linf", 0.3), n_steps=10, step_size=0.1
+        )
+        accuracies[name] = float((machine(attacked).argmax(1) == y_t.argmax(1)).mean())
+    return {f"robust_accuracy_{name}": round(value, 4) for name, value in accuracies.items()}
+
+
+def convolutional():
+    """Microseconds a pair of value and input gradient, (ours, reference), peaks and errors."""
+    x_s, _, x_t, _ = images(512, 64, "mnist")
+    stax = kernels.stax_module()
+    conv = stax.Conv(1, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.1)
+    layers = [conv, stax.Relu()] * 3 + [stax.Flatten(), stax.Dense(1, W_std=2**0.5, b_std=0.1)]
+    both = {
+        "ours": kernels.by_name("conv3"),
+        "reference": kernels.Stax(stax.serial(*layers)[2], tile=16),
+    }
+
+    def value_and_gradient(kernel, x, s):
+        """Of the sum of squares / 2: as in an attack, the gradient has to wait for the value."""
+        k, pullback = kernel.value_and_pullback(x, s)
+        return k, pullback(k)[0]
+
+    times, found = {}, {}
+    for name, kernel in both.items():
+        function = jax.jit(partial(value_and_gradient, kernel))
+        before = memory_gb()
+        times[name] = seconds(function, x_t, x_s) / (64 * 512) * 1e6
+        if name == "ours":
+            peak = peak_gb() - before
+        found[name] = map(np.asarray, function(x_t[:16], x_s[:16]))
+    with jax.enable_x64(True):
+        double = [jnp.asarray(np.asarray(a), "float64") for a in (x_t[:16], x_s[:16])]
+        exact = [np.asarray(v) for v in value_and_gradient(both["reference"], *double)]
+        found["ours_float64"] = map(np.asarray, value_and_gradient(both["ours"], *double))
+    errors = {
+        name: [float(np.linalg.norm(v - e) / np.linalg.norm(e))
+               for v, e in zip(pair, exact, strict=True)]
+        for name, pair in found.items()
+    }  # fmt: skip
+    return times, peak, errors
+
+
+def alone(function, *arguments):
+    """function(*arguments) in a process of its own, so that its peak memory is its own, too."""
+    program = f"from tests.bench import *\nprint(json.dumps({function.__name__}{arguments!r}))"
+    output = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True
+    )
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def row(work, ours, reference=None, agreement=None, counted=None):
+    """A line of the results; `counted` adds time and memory over what is counted."""
+    name = f"fc{DEPTH}, {work[-1]}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32"
+    return {
+        "work": f"one outer step, {name}" + (f", {reference[0]} reference" if reference else ""),
+        "reference_s": reference and round(reference[1][0], 2),
+        "ours_s": round(ours[0], 3),
+        "ratio": reference and round(reference[1][0] / ours[0], 2),
+        "floor_fraction": round(ours[2] / ours[0], 3),
+        "peak_gb": round(ours[1], 3),
+        "agreement": agreement or counted or {},
+    }
+
+
+def standard():
+    ours = alone(measure, "ours", MNIST, 5, True)
+    plain = alone(measure, "plain", MNIST, 1, True)
+    careful = alone(measure, "careful", MNIST, 1, True)
+    rows = [
+        row(MNIST, ours, ("plain", plain), alone(gradient_errors)),
+        row(MNIST, ours, ("careful", careful), alone(short_run)),
+    ]
+    for n in (2500, 5000, 10_000):
+        work = (n, n // 5, *MNIST[2:])
+        found = ours if n == 5000 else alone(measure, "ours", work, 3, True)
+        # Relative to S 5,000: measured growth over counted growth of time, and of 4 S^2 bytes.
+        counted = {
+            "time_over_counted": round(
+                found[0] / ours[0] * operations(MNIST, 784) / operations(work, 784), 3
+            ),
+            "k_ss_gb": 4 * n * n / 1e9,
+        }
+        rows.append(row(work, found, counted=counted | {"residual": found[3]}))
+    times, peak, errors = alone(convolutional)
+    rows.append({
+        "work": "conv3, 28x28, float32: value and input gradient, microseconds a pair of images",
+        "reference_s": round(times["reference"] * 1e-6, 8),
+        "ours_s": round(times["ours"] * 1e-6, 8),
+        "ratio": round(times["reference"] / times["ours"], 2),
+        "floor_fraction": None,
+        "peak_gb": round(peak, 3),
+        "agreement": errors,
+    })  # fmt: skip
+    return rows
+
+
+def main(name):
+    if name == "bench":
+        rows = standard()
+    else:
+        found = alone(measure, "ours", PAPER, 1, False)
+        rows = [row(PAPER, found, counted={"residual": found[3]})]
+    for line in rows:
+        print(json.dumps(line, indent=1))
+    path = Path("reports/benchmarks") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1] if len(sys.argv) > 1 else "bench")

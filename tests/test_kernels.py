@@ -201,6 +201,17 @@ def test_arccos_polynomial():
     assert np.abs(tiled.arccos(c) - exact).max() < 5e-7  # two units in the last place of pi
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_angle(dtype):
+    c = np.linspace(-1, 1, 100_001).astype(dtype)
+    sine = np.sqrt(1 - c.astype("float64") ** 2).astype(dtype)
+    found = tiled.angle(jnp.asarray(c), jnp.asarray(sine))
+    # Two units in the last place of pi; near c = 1 of the angle itself, thanks to the sine.
+    eps = np.finfo(dtype).eps
+    exact = np.arctan2(sine.astype("float64"), c.astype("float64"))
+    np.testing.assert_allclose(found, exact, rtol=3 * eps, atol=2 * eps)
+
+
 def test_bad_input():
     for name in ("fc0", "resnet", "fc", "conv-3"):
         with pytest.raises(ValueError, match="expected a kernel name such as 'fc3'"):

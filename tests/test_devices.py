@@ -1,0 +1,136 @@
+"""The factor in place, sizes of tiles, and the same numbers on any number of devices and hosts."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advkip import data, devices, distill, kernels, krr
+from advkip.config import Experiment
+
+
+def few_steps(kernel_name):
+    """X_S after three steps of Algorithm 1; nothing is a multiple of the number of devices."""
+    e = Experiment(
+        dataset="digits", kernel=kernel_name, dtype="float64", n_support=30, n_target=22,
+        n_validation=25, pgd_steps=3, n_steps=3, eval_every=1, block_size=13,
+    )  # fmt: skip
+    result = distill.distill(e, data.split(data.load("digits"), e), progress=False)
+    return result.x_support, [line["loss"] for line in result.history]
+
+
+PROGRAM = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_enable_x64", True)
+port, hosts, host, path = sys.argv[1:]
+if int(hosts) > 1:
+    jax.distributed.initialize(f"localhost:{port}", int(hosts), int(host))
+from tests.test_devices import few_steps
+(x1, loss1), (x2, loss2) = few_steps("fc2"), few_steps("conv1")
+np.savez(path, x1=x1, x2=x2, loss1=loss1, loss2=loss2, devices=jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(("hosts", "devices_each"), [(1, 4), (2, 2)])
+def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each):
+    """Host CPUs stand in for GPUs; two processes with jax.distributed stand in for two hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = f"--xla_force_host_platform_device_count={devices_each}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port, str(hosts), str(i), tmp_path / f"{i}.npz"],
+            env=environment, cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(hosts)
+    ]  # fmt: skip
+    for process in running:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    for i in range(hosts):
+        found = np.load(tmp_path / f"{i}.npz")
+        assert found["devices"] == hosts * devices_each
+        for slot, name in (("1", "fc2"), ("2", "conv1")):
+            x, loss = few_steps(name)
+            np.testing.assert_allclose(found["x" + slot], x, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(found["loss" + slot], loss, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("block", [100, 16, 13])
+def test_cholesky_in_place(rng, dtype, block, monkeypatch):
+    monkeypatch.setattr(devices, "CHOLESKY_DIRECT", 39)
+    monkeypatch.setattr(devices, "CHOLESKY_BLOCK", block)
+    a = rng.normal(size=(40, 50))
+    a = (a @ a.T).astype(dtype)
+    garbage = np.where(np.tri(40, dtype=bool), a, 1e30)  # only the lower triangle is read
+    given = jnp.asarray(garbage.astype(dtype))
+    factor, success = devices.cholesky_in_place(given)
+    assert given.is_deleted()  # the factor took its place
+    exact = np.linalg.cholesky(a.astype("float64"))
+    tolerance = 100 * np.finfo(dtype).eps * np.abs(exact).max()
+    np.testing.assert_allclose(np.tril(factor), exact, atol=tolerance)
+    assert success
+    assert factor.dtype == dtype
+    for shift in (np.eye(40), np.diag(np.arange(40) == 39)):
+        assert not devices.cholesky_in_place(jnp.asarray((a - 1000 * shift).astype(dtype)))[1]
+
+    y = rng.normal(size=(40, 3)).astype(dtype)
+    solved = jax.jit(devices.cholesky_solve)(factor, jnp.asarray(y))
+    np.testing.assert_allclose(a @ np.asarray(solved), y, atol=1e3 * tolerance)
+
+
+def test_cholesky_on_a_cpu_allocates_nothing():
+    """What S = 40,000 in 16 GB rests on."""
+    a = jnp.ones((500, 500), "float32")
+    whole = devices._factorise_block.lower(a, 0, 500).compile().memory_analysis()
+    assert whole.alias_size_in_bytes == 4 * 500**2
+    assert whole.temp_size_in_bytes < 1000
+    blocks = (
+        devices._factorise_block.lower(a, 0, 50),
+        devices._solve_block.lower(a, 50, 50, 0, 50),
+        devices._update_block.lower(a, 50, 50, 50, 50, 0, 50),
+    )
+    for lowered in blocks:
+        analysis = lowered.compile().memory_analysis()
+        assert analysis.alias_size_in_bytes == 4 * 500**2
+        assert analysis.temp_size_in_bytes < 4 * 4 * 50**2 + 1000
+
+
+def test_cholesky_elsewhere_agrees(rng):
+    a = rng.normal(size=(20, 30))
+    a = jnp.asarray(a @ a.T)
+    ours, theirs = devices._lapack_cholesky(a), devices._jax_cholesky(a)
+    np.testing.assert_allclose(np.tril(ours[0]), np.tril(theirs[0]), rtol=1e-10)
+    assert ours[1]
+    assert theirs[1]
+
+
+class FakeGpu:
+    platform = "gpu"
+
+    def memory_stats(self):
+        return {"bytes_limit": 80 * 10**9}
+
+
+def test_tiles_grow_with_the_memory_of_a_gpu(monkeypatch):
+    kernel = kernels.by_name("fc3")
+    small = krr.square_tile(kernel), krr.rows_of_tile(kernel, 5000)
+    monkeypatch.setattr(jax, "local_devices", lambda: [FakeGpu()])
+    assert devices.tile_floats() == 80 * 10**9 // 128
+    assert krr.square_tile(kernel) > 10 * small[0]
+    assert krr.rows_of_tile(kernel, 5000) > 100 * small[1]
+
+
+def test_even_size():
+    assert [devices.even_size(n, 4) for n in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]
