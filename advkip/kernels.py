@@ -39,11 +39,11 @@ from advkip import compat
 from advkip.devices import product
 from advkip.tiled import (
     Convolutional,
+    Kernel,
     Stax,
     arccos,
     check_architecture,
     cusp_width,
-    differentiable,
     inverse,
 )
 
@@ -51,7 +51,7 @@ __all__ = ["Convolutional", "FullyConnected", "Stax", "by_name", "set_precision"
 
 
 @dataclasses.dataclass(frozen=True)
-class FullyConnected:
+class FullyConnected(Kernel):
     """NTK of an infinitely wide fully-connected ReLU net (Jacot et al. 2018), closed form.
 
     With `depth` hidden layers, D inputs, `sigma_0 = W_std^2 <x, s> / D + b_std^2` and
@@ -81,10 +81,6 @@ class FullyConnected:
     def floats_per_pair(self):
         """Working floats held for one pair of images while a tile is computed."""
         return 4
-
-    def __call__(self, x, s):
-        """K, shape (n, m), for x (n, ...) and s (m, ...) with D pixels each; differentiable."""
-        return differentiable(self, x, s)
 
     def value(self, x, s):
         """K like `__call__`, without a derivative rule of its own."""

@@ -17,17 +17,21 @@ from jax.tree_util import Partial
 from advkip.devices import product, tile_floats
 
 
-class Tiled:
+class Kernel:
+    """What all kernels share; they add `value`, `value_and_pullback` and `diagonal`."""
+
+    def __call__(self, x, s):
+        """K, shape (n, m), for images x (n, ...) and s (m, ...) of one shape; differentiable."""
+        return _differentiable(self, x, s)
+
+
+class Tiled(Kernel):
     """The interface of `kernels` from `_tile(a, b)`, the kernel of a few images with a few."""
 
     @property
     def floats_per_pair(self):
         """Working floats held for one pair of images outside the tiles."""
         return 2
-
-    def __call__(self, x, s):
-        """K, shape (n, m), for images x (n, H, W, C) and s (m, H, W, C); differentiable."""
-        return differentiable(self, x, s)
 
     def value(self, x, s):
         """K like `__call__`, without a derivative rule of its own."""
@@ -72,7 +76,7 @@ def _split(x, size):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def differentiable(kernel, x, s):
+def _differentiable(kernel, x, s):
     """kernel.value(x, s), whose derivative is the kernel's own pullback."""
     return kernel.value(x, s)
 
@@ -86,7 +90,7 @@ def _differentiable_backward(kernel, residuals, w):
     return kernel.value_and_pullback(x, s)[1](w)
 
 
-differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +243,9 @@ def _relu_backward(residuals, g):
     )
 
 
+_relu.defvjp(_relu_forward, _relu_backward)
+
+
 def _sum_pairs(a):
     """Sum over the last axis, kept: as a product with ones, which CPUs do in vector units."""
     return product(a, jnp.ones((a.shape[-1], 1), a.dtype))
@@ -257,9 +264,6 @@ def _inner_products_backward(residuals, g):
 
 
 _inner_products.defvjp(lambda x, s: (_inner_products(x, s), (x, s)), _inner_products_backward)
-
-
-_relu.defvjp(_relu_forward, _relu_backward)
 
 
 def _correlation(sigma, p, q):

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from advkip import attacks, data, kernels, krr
+from tests import stax_networks
 
 DIAG_REG, DEPTH = 1e-6, 3
 # S, T, inner steps, epsilon, step size, data set
@@ -37,10 +38,14 @@ MNIST = 5000, 1000, 10, 0.3, 0.1, "mnist"
 PAPER = 40_000, 10_000, 6, 8 / 255, 2 / 255, "cifar10"
 
 
+def has_file(name):
+    return (Path(os.environ.get("ADVKIP_DATA", ".")) / f"{name}.npz").exists()
+
+
 def images(n_support, n_target, name):
     """X_S, Y_S, X_T, Y_T in float32."""
     n = n_support + n_target
-    if (Path(os.environ.get("ADVKIP_DATA", ".")) / f"{name}.npz").exists():
+    if has_file(name):
         dataset = data.load(name)
         x, y = data.to_float(dataset.x_train[:n]), dataset.y_train[:n]
     else:
@@ -52,12 +57,6 @@ def images(n_support, n_target, name):
     return [jnp.asarray(part) for part in parts]
 
 
-def dense_network():
-    stax = kernels.stax_module()
-    dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * DEPTH
-    return stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))[2]
-
-
 def solve(net, x_s, y_s):
     k_ss = net(x_s, x_s, "ntk")
     ridge = DIAG_REG * jnp.trace(k_ss) / len(x_s)
@@ -66,12 +65,14 @@ def solve(net, x_s, y_s):
 
 
 def loss(x_t, y_t, x_s, y_s):
-    net = dense_network()
+    net = stax_networks.fully_connected(DEPTH)
     return attacks.cross_entropy(net(x_t, x_s, "ntk") @ solve(net, x_s, y_s), y_t).mean()
 
 
 def loss_of_alpha(x_t, y_t, x_s, alpha):
-    return attacks.cross_entropy(dense_network()(x_t, x_s, "ntk") @ alpha, y_t).mean()
+    return attacks.cross_entropy(
+        stax_networks.fully_connected(DEPTH)(x_t, x_s, "ntk") @ alpha, y_t
+    ).mean()
 
 
 def reference_step(work, *, careful):
@@ -79,7 +80,7 @@ def reference_step(work, *, careful):
     *_, n_steps, epsilon, step_size, _ = work
     inner = jax.jit(jax.grad(loss_of_alpha if careful else loss))
     outer = jax.jit(jax.grad(loss, (2, 3)))
-    fit = jax.jit(lambda x, y: solve(dense_network(), x, y))
+    fit = jax.jit(lambda x, y: solve(stax_networks.fully_connected(DEPTH), x, y))
     threat = attacks.Threat("linf", epsilon)
 
     def step(x_s, y_s, x_t, y_t):
@@ -181,7 +182,6 @@ def gradient_errors():
     for dtype in ("float64", "float32"):
         with jax.enable_x64(dtype == "float64"):
             given = [jnp.asarray(a, dtype) for a in arguments]
-            # Off the diagonal: neural_tangents' own k(x, x) is wrong in its eighth digit.
             for name, step in (
                 ("ours", our_step(work)), ("reference", reference_step(work, careful=False)),
             ):  # fmt: skip
@@ -195,7 +195,7 @@ def gradient_errors():
 
 
 def short_run():
-    """Robust accuracy on 1,000 test images after 20 outer steps of both, S 500, T 250."""
+    """Robust accuracy on 1,000 other training images after 20 outer steps, S 500, T 250."""
     work = (500, 250, 10, 0.3, 0.1, "mnist")
     x_s, y_s, x_t, y_t = images(5500, 1000, "mnist")
     pool, pool_labels, kernel = x_s[500:], y_s[500:] + 0.1, kernels.by_name(f"fc{DEPTH}")
@@ -221,12 +221,9 @@ def short_run():
 def convolutional():
     """Microseconds a pair of value and input gradient, (ours, reference), peaks and errors."""
     x_s, _, x_t, _ = images(512, 64, "mnist")
-    stax = kernels.stax_module()
-    conv = stax.Conv(1, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.1)
-    layers = [conv, stax.Relu()] * 3 + [stax.Flatten(), stax.Dense(1, W_std=2**0.5, b_std=0.1)]
     both = {
         "ours": kernels.by_name("conv3"),
-        "reference": kernels.Stax(stax.serial(*layers)[2], tile=16),
+        "reference": kernels.Stax(stax_networks.convolutional(3), tile=16),
     }
 
     def value_and_gradient(kernel, x, s):
@@ -263,9 +260,10 @@ def alone(function, *arguments):
     return json.loads(output.stdout.splitlines()[-1])
 
 
-def row(work, ours, reference=None, agreement=None, counted=None):
-    """A line of the results; `counted` adds time and memory over what is counted."""
-    name = f"fc{DEPTH}, {work[-1]}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32"
+def row(work, ours, agreement, reference=None):
+    """A line of the results; `reference` is (name, what `measure` returned)."""
+    source = work[-1] if has_file(work[-1]) else f"noise like {work[-1]}"
+    name = f"fc{DEPTH}, {source}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32"
     return {
         "work": f"one outer step, {name}" + (f", {reference[0]} reference" if reference else ""),
         "reference_s": reference and round(reference[1][0], 2),
@@ -273,7 +271,7 @@ def row(work, ours, reference=None, agreement=None, counted=None):
         "ratio": reference and round(reference[1][0] / ours[0], 2),
         "floor_fraction": round(ours[2] / ours[0], 3),
         "peak_gb": round(ours[1], 3),
-        "agreement": agreement or counted or {},
+        "agreement": agreement,
     }
 
 
@@ -282,20 +280,21 @@ def standard():
     plain = alone(measure, "plain", MNIST, 1, True)
     careful = alone(measure, "careful", MNIST, 1, True)
     rows = [
-        row(MNIST, ours, ("plain", plain), alone(gradient_errors)),
-        row(MNIST, ours, ("careful", careful), alone(short_run)),
+        row(MNIST, ours, alone(gradient_errors), ("plain", plain)),
+        row(MNIST, ours, alone(short_run), ("careful", careful)),
     ]
     for n in (2500, 5000, 10_000):
         work = (n, n // 5, *MNIST[2:])
         found = ours if n == 5000 else alone(measure, "ours", work, 3, True)
         # Relative to S 5,000: measured growth over counted growth of time, and of 4 S^2 bytes.
-        counted = {
+        agreement = {
             "time_over_counted": round(
                 found[0] / ours[0] * operations(MNIST, 784) / operations(work, 784), 3
             ),
             "k_ss_gb": 4 * n * n / 1e9,
+            "residual": found[3],
         }
-        rows.append(row(work, found, counted=counted | {"residual": found[3]}))
+        rows.append(row(work, found, agreement))
     times, peak, errors = alone(convolutional)
     rows.append({
         "work": "conv3, 28x28, float32: value and input gradient, microseconds a pair of images",
@@ -314,7 +313,7 @@ def main(name):
         rows = standard()
     else:
         found = alone(measure, "ours", PAPER, 1, False)
-        rows = [row(PAPER, found, counted={"residual": found[3]})]
+        rows = [row(PAPER, found, {"residual": found[3]})]
     for line in rows:
         print(json.dumps(line, indent=1))
     path = Path("reports/benchmarks") / f"{name}.json"

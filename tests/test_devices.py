@@ -57,11 +57,11 @@ def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each):
     for process in running:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
+    expected = {"1": few_steps("fc2"), "2": few_steps("conv1")}
     for i in range(hosts):
         found = np.load(tmp_path / f"{i}.npz")
         assert found["devices"] == hosts * devices_each
-        for slot, name in (("1", "fc2"), ("2", "conv1")):
-            x, loss = few_steps(name)
+        for slot, (x, loss) in expected.items():
             np.testing.assert_allclose(found["x" + slot], x, rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(found["loss" + slot], loss, rtol=1e-9)
 

@@ -7,6 +7,7 @@ import pytest
 from sklearn.kernel_ridge import KernelRidge
 
 from advkip import attacks, data, kernels, krr
+from tests import stax_networks
 
 DIAG_REG = 1e-3
 
@@ -22,10 +23,10 @@ def autodiff_gradient(kernel_fn, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG):
     """What the engine avoids: autodiff through the kernel matrices and through the solve."""
 
     def loss(x_s, y_s):
-        k_ss = kernel_fn(x_s, x_s)
+        k_ss = kernel_fn(x_s, x_s, "ntk")
         ridge = diag_reg * jnp.trace(k_ss) / len(x_s)
         alpha = jnp.linalg.solve(k_ss + ridge * jnp.eye(len(x_s), dtype=x_s.dtype), y_s)
-        return attacks.cross_entropy(kernel_fn(x_t, x_s) @ alpha, y_t).mean()
+        return attacks.cross_entropy(kernel_fn(x_t, x_s, "ntk") @ alpha, y_t).mean()
 
     return jax.grad(loss, (0, 1))(x_s, y_s)
 
@@ -38,20 +39,6 @@ def our_gradient(kernel, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG, block_size=0):
     logits = fitted.machine(x_t)
     np.testing.assert_allclose(found.loss, attacks.cross_entropy(logits, y_t).mean(), rtol=2e-5)
     return found
-
-
-def stax_kernel_fn(depth):
-    stax = kernels.stax_module()
-    layers = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * depth
-    network = stax.serial(stax.Flatten(), *layers, stax.Dense(1, W_std=2**0.5, b_std=0.1))
-    return lambda x, s: network[2](x, s, "ntk")
-
-
-def stax_conv1():
-    stax = kernels.stax_module()
-    conv = stax.Conv(1, (3, 3), padding="SAME", W_std=2**0.5, b_std=0.1)
-    network = stax.serial(conv, stax.Relu(), stax.Flatten(), stax.Dense(1, W_std=2**0.5, b_std=0.1))
-    return lambda x, s: network[2](x, s, "ntk")
 
 
 def relative(a, b):
@@ -74,9 +61,9 @@ def test_fit_equals_scikit_learn(rng):
 @pytest.mark.parametrize("name", ["fc3", "conv1"])
 def test_gradient_equals_autodiff_through_the_solve(rng, name):
     given = problem(rng, S=12 if name == "conv1" else 24)
-    kernel_fn = stax_kernel_fn(3) if name == "fc3" else stax_conv1()
+    theirs = {"fc3": stax_networks.fully_connected(3), "conv1": stax_networks.convolutional(1)}
     ours = our_gradient(kernels.by_name(name), *given)
-    expected = autodiff_gradient(kernel_fn, *given)
+    expected = autodiff_gradient(theirs[name], *given)
     assert relative(ours.x_support, expected[0]) < 1e-6
     assert relative(ours.y_support, expected[1]) < 1e-6
 
@@ -85,11 +72,13 @@ def test_float32_gradient_is_as_good_as_float32_autodiff():
     digits = data.load("digits")
     x, y = data.to_float(digits.x_train[:90]), data.one_hot(digits.y_train[:90], 10)
     single = x[:60], y[:60] - np.float32(0.1), x[60:], y[60:]
-    exact = autodiff_gradient(stax_kernel_fn(3), *(jnp.asarray(a, "float64") for a in single))
+    exact = autodiff_gradient(
+        stax_networks.fully_connected(3), *(jnp.asarray(a, "float64") for a in single)
+    )
     # In double-precision mode neural_tangents would compute in float64 whatever it is given.
     with jax.enable_x64(False):
         ours = our_gradient(kernels.by_name("fc3"), *map(jnp.asarray, single))
-        autodiff = autodiff_gradient(stax_kernel_fn(3), *map(jnp.asarray, single))
+        autodiff = autodiff_gradient(stax_networks.fully_connected(3), *map(jnp.asarray, single))
     assert ours.x_support.dtype == autodiff[0].dtype == "float32"
     for slot in (0, 1):
         error, limit = (relative(v, exact[slot]) for v in (ours[slot + 1], autodiff[slot]))
@@ -137,10 +126,10 @@ def test_machine_is_differentiable(rng):
     kernel = kernels.by_name("fc3")
     machine = krr.fit(kernel, x_s, y_s).machine
     w = jnp.asarray(rng.normal(size=(len(x_t), y_s.shape[1])))
-    reference = stax_kernel_fn(3)
+    reference = stax_networks.fully_connected(3)
 
     def logits(x, s, alpha):
-        return (reference(x, s) @ alpha * w).sum()
+        return (reference(x, s, "ntk") @ alpha * w).sum()
 
     expected = jax.grad(logits, (0, 1, 2))(x_t, x_s, machine.alpha)
     ours = jax.grad(lambda x, m: (m(x) * w).sum(), (0, 1))(x_t, machine)

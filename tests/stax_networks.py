@@ -1,0 +1,19 @@
+"""The paper's networks in neural_tangents, which our kernels are measured against."""
+
+from advkip import kernels
+
+
+def fully_connected(depth, W_std=2**0.5, b_std=0.1):
+    """kernel_fn(x, s, "ntk") of `depth` hidden layers with ReLU."""
+    stax = kernels.stax_module()
+    layers = [stax.Flatten()]
+    layers += [stax.Dense(1, W_std=W_std, b_std=b_std), stax.Relu()] * depth
+    return stax.serial(*layers, stax.Dense(1, W_std=W_std, b_std=b_std))[2]
+
+
+def convolutional(depth, W_std=2**0.5, b_std=0.1):
+    """kernel_fn(x, s, "ntk") of `depth` 3x3 convolutions with ReLU, flattened."""
+    stax = kernels.stax_module()
+    conv = stax.Conv(1, (3, 3), padding="SAME", W_std=W_std, b_std=b_std)
+    layers = [conv, stax.Relu()] * depth + [stax.Flatten()]
+    return stax.serial(*layers, stax.Dense(1, W_std=W_std, b_std=b_std))[2]
