@@ -43,7 +43,7 @@ test: install  ## ruff, pytest, and the notebooks on their small defaults
 bench: install  ## the engine against neural_tangents references
 	$(BIN)/python -m tests.bench
 
-bench-paper: install  ## one outer step at the paper's largest setting: 8 GB, nine minutes
+bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, nine minutes
 	$(BIN)/python -m tests.bench paper_scale
 
 readme: install  ## the README's results table from reports/
