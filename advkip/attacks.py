@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advkip.devices import everywhere, over_rows
+from advkip.devices import everywhere, jit, over_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _as_pytree(function):
     return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7, 8))
+@partial(jit, static_argnums=(5, 6, 7, 8))
 def _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts):
     def losses(logits_fn, x_attacked, y):
         logits = logits_fn(x_attacked)
@@ -222,7 +222,7 @@ def predict(logits_fn, x, *, batch_size):
     return in_batches(partial(_predict, logits_fn), everywhere(x), batch_size=batch_size)
 
 
-@jax.jit
+@jit
 def _predict(logits_fn, x):
     return over_rows(lambda x, logits_fn: logits_fn(x), x, logits_fn)
 
@@ -238,7 +238,7 @@ def input_gradient_norm(logits_fn, x, y):
     return _gradient_norm(_as_pytree(logits_fn), everywhere(x), everywhere(y))
 
 
-@jax.jit
+@jit
 def _gradient_norm(logits_fn, x, y):
     def norm(rows, logits_fn):
         x, y = rows

@@ -44,6 +44,7 @@ from advkip.devices import (
     cholesky_solve,
     even_size,
     everywhere,
+    jit,
     over_rows,
     product,
     tile_floats,
@@ -153,7 +154,7 @@ def lower_gram(kernel, x, *, block_size=0):
     return _fill_diagonal(kernel, k, x)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@partial(jit, static_argnums=(0, 1), donate_argnums=2)
 def _fill_row(kernel, size, k, x, row):
     """Tiles 0 to `row` of a row of tiles; one at the end is moved back to fit."""
     start = jnp.minimum(row * size, len(x) - size)
@@ -220,7 +221,7 @@ def support_gradient(fitted, x_target, y_target, *, loss, diag_reg, block_size=0
     return SupportGradient(value, gradient, b)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jit, static_argnums=(0, 1, 2))
 def _pull_target(kernel, loss, size, x, alpha, x_target, y_target):
     """L, the part of dL/dX_S that flows through K_TS, and K_ST G, summed over target batches.
 
@@ -253,7 +254,7 @@ def _pull_diagonal(kernel, gradient, x, diagonal):
     return gradient + jax.vjp(kernel.diagonal, x)[1](diagonal)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@partial(jit, static_argnums=(0, 1), donate_argnums=2)
 def _pull_row(kernel, size, gradient, x, alpha, b, row):
     """Adds what flows through tiles 0 to `row` of a row of tiles of K_SS, and their mirror images.
 

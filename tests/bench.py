@@ -276,9 +276,12 @@ def row(work, ours, agreement, reference=None):
 
 
 def standard():
-    ours = alone(measure, "ours", MNIST, 5, True)
-    plain = alone(measure, "plain", MNIST, 1, True)
-    careful = alone(measure, "careful", MNIST, 1, True)
+    # In turn, since a shared machine is now faster, now slower; the medians of the turns.
+    turns = {"ours": [], "plain": [], "careful": []}
+    for _ in range(3):
+        for name, found in turns.items():
+            found.append(alone(measure, name, MNIST, 5 if name == "ours" else 1, True))
+    ours, plain, careful = (sorted(found)[1] for found in turns.values())
     rows = [
         row(MNIST, ours, alone(gradient_errors), ("plain", plain)),
         row(MNIST, ours, alone(short_run), ("careful", careful)),
@@ -295,7 +298,9 @@ def standard():
             "residual": found[3],
         }
         rows.append(row(work, found, agreement))
-    times, peak, errors = alone(convolutional)
+    times, peak, errors = sorted(
+        (alone(convolutional) for _ in range(3)), key=lambda c: c[0]["reference"] / c[0]["ours"]
+    )[1]
     rows.append({
         "work": "conv3, 28x28, float32: value and input gradient, microseconds a pair of images",
         "reference_s": round(times["reference"] * 1e-6, 8),
