@@ -17,6 +17,24 @@ OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rmsprop"
 
 LOSSES = ("cross-entropy", "mse")
 METHODS = ("adv-kip", "kip")
+NET_SETS = ("distilled", "original")
+
+FC_NET = r"fc([1-9]\d?)-([1-9]\d*)"
+"""Names of fully connected networks: hidden layers, width."""
+
+CNNS = ("simple-cnn", "alexnet", "vgg11")
+
+ATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""What AutoAttack 'standard' runs, in its order."""
+
+ATTACK = rf"(fgsm|pgd[1-9]\d*(x[1-9]\d*)?|autoattack|{'|'.join(ATTACK_PARTS)})(-l2)?"
+"""Names of attacks; see `evaluate`."""
+
+LISTS = {tuple[kind, ...]: kind for kind in (str, int, float)}
+"""Types of settings that are lists, and of what."""
+
+KERNEL_NOTEBOOKS = ("00_walkthrough", "01_kernels")
+"""Notebooks whose results do not depend on the settings of networks."""
 
 OUTER_SETTINGS = ("notebooks", "data_dir", "block_size", "checkpoint_every")
 """Settings that no result depends on."""
@@ -65,7 +83,7 @@ class Experiment:
     eval_pgd_steps: int = 10  # steps of PGD in evaluation
 
     # Outer minimum (Eq. 7)
-    n_steps: int = 100  # outer steps at most
+    n_steps: int = 60  # outer steps at most
     learning_rate: float = 1e-2  # of the images
     label_learning_rate: float = 1e-2  # of the labels
     optimizer: str = "adam"
@@ -76,10 +94,45 @@ class Experiment:
     checkpoint_every: int = 50  # outer steps between two checkpoints
 
     # KIP, the baseline without an inner maximum (Table 9)
-    kip_steps: int = 100
+    kip_steps: int = 60
     kip_learning_rate: float = 1e-3
     kip_loss: str = "mse"
     kip_patience: int = 0
+
+    # Networks (sections 4 and 5 of the paper)
+    distilled_set: str = ""  # a .npz with a training set; "" means what 01_kernels makes
+    net_sets: tuple[str, ...] = NET_SETS  # what networks are trained on
+    n_original: int = 0  # original images, plain and adversarial; 0 means all but validation's
+    fc_nets: tuple[str, ...] = ("fc3-1024",)  # of notebook 02; see `nets.build`
+    cnns: tuple[str, ...] = ("simple-cnn",)  # of notebook 03
+    net_seeds: int = 1  # networks of each kind; tables give mean and standard deviation
+    net_epochs: int = 100  # at most
+    cnn_epochs: int = 0  # of notebook 03; 0 means net_epochs
+    net_batch_size: int = 128  # 0 means all images at once
+    net_optimizer: str = "adam"  # "adam" or "sgd" (momentum 0.9)
+    net_learning_rates: tuple[float, ...] = (1e-3,)  # the grid; validation images choose
+    net_milestones: tuple[int, ...] = ()  # epochs after which the rate is divided by 10
+    net_weight_decay: float = 0.0
+    net_loss: str = "cross-entropy"  # "cross-entropy" or "mse"
+    net_target: str = "argmax"  # "labels" as they are (mse), their "softmax" or their "argmax"
+    net_pgd_steps: int = 20  # of the robust validation accuracy
+    net_eval_every: int = 10  # epochs between two lines of the history
+    net_patience: int = 0  # stop after this many epochs without improvement; 0 means never
+    n_watch: int = 200  # validation images that choose, and test images that figures follow
+    net_n_test: int = 0  # test images of the networks' numbers; 0 means all of n_test
+    net_attacks: tuple[str, ...] = ("fgsm", "pgd20", "autoattack")  # see `evaluate`
+    epsilon_l2: float = 128 / 255  # radius of the attacks that end in -l2
+    step_size_l2: float = 15 / 255
+
+    # Adversarial training on the original images, the baseline
+    at_epochs: int = 20  # 0 leaves it out
+    at_optimizer: str = "adam"
+    at_learning_rates: tuple[float, ...] = (1e-3,)
+    at_milestones: tuple[int, ...] = ()
+    at_weight_decay: float = 0.0
+    at_pgd_steps: int = 10
+    at_warmup: int = 0  # epochs in which the radius grows to epsilon
+    at_eval_every: int = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -106,6 +159,10 @@ class Experiment:
             "methods", f"a choice of {list(METHODS)}", "one or both",
         )  # fmt: skip
         check(
+            set(self.net_sets) <= set(NET_SETS), "net_sets", f"a choice of {list(NET_SETS)}",
+            "none, one or both",
+        )  # fmt: skip
+        check(
             re.fullmatch(r"\w[\w.-]*", self.dataset),
             "dataset", "to be a data set's name", "'mnist' for mnist.npz",
         )  # fmt: skip
@@ -118,26 +175,52 @@ class Experiment:
         check_in("optimizer", OPTIMIZERS)
         for key in ("inner_loss", "outer_loss", "kip_loss"):
             check_in(key, LOSSES)
-        for key in ("seed", "n_test", "pgd_steps", "block_size", "patience", "kip_patience"):
+        for key in (
+            "seed", "n_test", "pgd_steps", "block_size", "patience", "kip_patience", "n_original",
+            "cnn_epochs",
+            "net_batch_size", "net_weight_decay", "net_patience", "net_n_test", "at_epochs",
+            "at_warmup",
+            "at_weight_decay",
+        ):  # fmt: skip
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
         for key in (
             "n_validation", "n_support", "n_target", "eval_pgd_steps", "n_steps", "kip_steps",
-            "eval_every", "checkpoint_every",
+            "eval_every", "checkpoint_every", "net_seeds", "net_epochs", "net_pgd_steps",
+            "net_eval_every", "n_watch", "at_pgd_steps", "at_eval_every",
         ):  # fmt: skip
             check(getattr(self, key) >= 1, key, ">= 1", "1 or more")
         for key in (
             "W_std", "epsilon", "step_size", "learning_rate", "label_learning_rate",
-            "kip_learning_rate", "logit_scale",
+            "kip_learning_rate", "logit_scale", "epsilon_l2", "step_size_l2",
         ):  # fmt: skip
             check(getattr(self, key) > 0, key, "> 0", "a positive number")
         for key in ("b_std", "diag_reg"):
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
+        for key, pattern, hint in (
+            ("fc_nets", FC_NET, "for example ['fc3-1024']"),
+            ("cnns", "|".join(CNNS), f"a choice of {list(CNNS)}"),
+            ("net_attacks", ATTACK, "for example ['fgsm', 'pgd40', 'autoattack']"),
+        ):
+            good = all(re.fullmatch(pattern, name) for name in getattr(self, key))
+            check(good, key, "to be known names", hint)
+        check_in("net_loss", LOSSES)
+        check_in("net_target", ("labels", "softmax", "argmax"))
+        check(
+            (self.net_loss, self.net_target) != ("cross-entropy", "labels"),
+            "net_target", "'softmax' or 'argmax' with cross-entropy", "one of them, or mse",
+        )  # fmt: skip
+        for key in ("net_optimizer", "at_optimizer"):
+            check_in(key, ("adam", "sgd"))
+        for key in ("net_learning_rates", "at_learning_rates"):
+            rates = getattr(self, key)
+            check(rates and min(rates) > 0, key, "to be positive numbers", "for example [1.0e-3]")
         if self.norm == "linf":
             check(self.epsilon <= 1, "epsilon", "in [0, 1] pixel units", "8/255 as 0.03137")
-        check(
-            self.step_size <= 2 * self.epsilon,
-            "step_size", f"<= 2 epsilon = {2 * self.epsilon:g}", "a step inside the ball",
-        )  # fmt: skip
+        for key, radius in (("step_size", self.epsilon), ("step_size_l2", self.epsilon_l2)):
+            check(
+                getattr(self, key) <= 2 * radius,
+                key, f"<= 2 epsilon = {2 * radius:g}", "a step inside the ball",
+            )  # fmt: skip
 
     @classmethod
     def from_params(cls, params):
@@ -206,6 +289,10 @@ class Experiment:
             patience=self.kip_patience,
         )
 
+    def net_seed_list(self):
+        """The seeds of the networks of each kind, derived from `seed`."""
+        return [1000 * self.seed + i for i in range(self.net_seeds)]
+
     def to_dict(self):
         """All settings as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -215,6 +302,7 @@ class Experiment:
         rest = {
             *OUTER_SETTINGS, "name", "methods", "n_test", "n_steps",
             "kip_steps", "kip_learning_rate", "kip_loss", "kip_patience",
+            *net_settings(),
         }  # fmt: skip
         return {k: v for k, v in self.to_dict().items() if k not in rest}
 
@@ -224,14 +312,17 @@ class Experiment:
         changed = {k: v for k, v in self.distillation().items() if v != default[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
-    def same_results(self, settings):
+    def same_results(self, settings, *, nets=True):
         """Whether a record with these settings is of this experiment; new settings may be absent.
+
+        Without `nets`, the settings of networks do not count.
 
         Raises:
           ValueError: settings that are not (or no longer) valid.
         """
         old, new = Experiment.from_params(settings).to_dict(), self.to_dict()
-        return all(old[key] == new[key] for key in new if key not in OUTER_SETTINGS)
+        free = (*OUTER_SETTINGS, *(() if nets else net_settings()))
+        return all(old[key] == new[key] for key in new if key not in free)
 
 
 def field_names():
@@ -239,19 +330,33 @@ def field_names():
     return [field.name for field in dataclasses.fields(Experiment)]
 
 
+def net_settings():
+    """Names of the settings that only networks depend on."""
+    names = field_names()
+    return names[names.index("distilled_set") :]
+
+
 def _typed(field, value):
     """`value` if it is of the field's type; integers pass as floats, lists as tuples."""
-    if field.type == tuple[str, ...]:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+    if kind := LISTS.get(field.type):
+        if kind is float and isinstance(value, (list, tuple)):
+            value = [float(item) if type(item) is int else item for item in value]
+        if isinstance(value, (list, tuple)) and all(
+            type(item) is kind and item == item and item not in (_INF, -_INF) for item in value
+        ):
             return tuple(value)
-        expected = "a list of strings"
+        expected = f"a list of {'strings' if kind is str else kind.__name__ + 's'}"
     else:
         if field.type is float and type(value) is int:
             return float(value)
         if type(value) is field.type and value == value and value not in (_INF, -_INF):
             return value
         expected = f"a finite {field.type.__name__}"
-    hint = "; in YAML 1.0e-6 is a number and 1e-6 is text" if field.type is float else ""
+    hint = (
+        "; in YAML 1.0e-6 is a number and 1e-6 is text"
+        if field.type in (float, tuple[float, ...])
+        else ""
+    )
     raise ValueError(
         f"expected {field.name} to be {expected}, got {value!r} ({type(value).__name__}); "
         f"pass for example {field.default!r}{hint}"

@@ -8,6 +8,7 @@ images (N, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or float in [0, 1]; inte
 (torchvision's own CIFAR-10 files are pickles; it checks their MD5 sums before it reads them.)
 """
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,10 @@ import numpy as np
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 CACHE = Path("~/.cache/advkip")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-STREAMS = {"validation": 1, "support": 2, "test": 3, "target": 4}
+STREAMS = {
+    "validation": 1, "support": 2, "test": 3, "target": 4, "weights": 5,
+    "order": 6, "noise": 7, "original": 8, "watched": 9, "dropout": 10,
+}  # fmt: skip
 
 
 class Dataset(NamedTuple):
@@ -92,21 +96,10 @@ def from_npz(path):
     Raises:
       ValueError: what is wrong with the file, and what was expected.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file.files]
-            if missing:
-                raise ValueError(f"expected keys {list(KEYS)}, got {file.files} without {missing}")
-            arrays = {key: file[key] for key in KEYS}
-            distilled = "experiment" in file.files
-    except Exception as error:  # a hostile or damaged file can fail in any way
-        raise ValueError(
-            f"{path}: {error}; pass a .npz written by numpy.savez, with plain "
-            "arrays and no Python objects"
-        ) from None
+    arrays, settings = _read(path)
     try:
         x_train, y_train = _checked(
-            arrays["x_train"], arrays["y_train"], "train", in_range=not distilled
+            arrays["x_train"], arrays["y_train"], "train", in_range=not settings
         )
         x_test, y_test = _checked(arrays["x_test"], arrays["y_test"], "test")
         if x_train.shape[1:] != x_test.shape[1:]:
@@ -120,6 +113,95 @@ def from_npz(path):
     if n_classes < 2:
         raise ValueError(f"{path}: expected two classes or more, got one; pass labels from 0")
     return Dataset(x_train, y_train, x_test, y_test, n_classes)
+
+
+class TrainingSet(NamedTuple):
+    """What networks are trained on."""
+
+    x: np.ndarray  # images (N, H, W, C), float32; a distilled set's may leave [0, 1]
+    y: np.ndarray  # label vectors (N, classes), float32
+    kernel: str = ""  # that a distilled set was made with
+
+
+def training_set(path, *, n_classes=0, center=False):
+    """(name, `TrainingSet`) of any .npz of this module's layout.
+
+    The name is 'adv-kip' or 'kip' for a file of `distill.save`, whose label vectors are kept as
+    they are; else the file's own, and integer labels become one-hot.
+
+    Args:
+      path: the file.
+      n_classes: of integer labels; 0 means the largest label plus one.
+      center: see `one_hot`.
+
+    Raises:
+      ValueError: as `from_npz`.
+    """
+    dataset = from_npz(path)
+    arrays, settings = _read(path)
+    labels = arrays["y_train"]
+    if not (labels.ndim == 2 and labels.shape[1] > 1):
+        classes = max(n_classes, dataset.n_classes)
+        labels = one_hot(dataset.y_train, classes, center=center)
+    try:
+        settings = json.loads(settings)
+        name = "adv-kip" if settings["pgd_steps"] else "kip"
+        kernel = str(settings["kernel"])
+    except (ValueError, KeyError, TypeError):  # not written by `distill.save`
+        name, kernel = Path(path).stem, ""
+    return name, TrainingSet(to_float(dataset.x_train), labels.astype("float32"), kernel)
+
+
+def draw_original(splits, n, *, seed, center=False):
+    """Original images to train networks on: n from the pool, equally many of each class; 0: all.
+
+    Returns:
+      A `TrainingSet` with one-hot labels (see `one_hot`).
+
+    Raises:
+      ValueError: too few images.
+    """
+    index = slice(None)
+    if n:
+        try:
+            index = draw_balanced(
+                splits.y_pool, n, n_classes=splits.n_classes, generator=generator(seed, "original")
+            )
+        except ValueError as error:
+            raise ValueError(f"n_original = {n}: {error}; or pass 0 for all images") from None
+    labels = one_hot(splits.y_pool[index], splits.n_classes, center=center)
+    return TrainingSet(splits.x_pool[index].astype("float32"), labels.astype("float32"))
+
+
+def draw_test(splits, n, *, seed):
+    """n test images in random order and their labels; 0, or more than there are: all of them.
+
+    Equally many of each class, unless a class has too few.
+    """
+    if not 0 < n < len(splits.y_test):
+        return splits.x_test, splits.y_test
+    stream = generator(seed, "watched")
+    try:
+        index = draw_balanced(splits.y_test, n, n_classes=splits.n_classes, generator=stream)
+    except ValueError:
+        index = stream.permutation(len(splits.y_test))[:n]
+    return splits.x_test[index], splits.y_test[index]
+
+
+def _read(path):
+    """(arrays by KEYS, the settings of a distilled set as JSON or '')."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file.files]
+            if missing:
+                raise ValueError(f"expected keys {list(KEYS)}, got {file.files} without {missing}")
+            settings = str(file["experiment"]) if "experiment" in file.files else ""
+            return {key: file[key] for key in KEYS}, settings
+    except Exception as error:  # a hostile or damaged file can fail in any way
+        raise ValueError(
+            f"{path}: {error}; pass a .npz written by numpy.savez, with plain "
+            "arrays and no Python objects"
+        ) from None
 
 
 def _checked(x, y, part, *, in_range=True):

@@ -352,6 +352,60 @@ def save(path, distilled, experiment, dataset):
     )  # fmt: skip
 
 
+def training_sets(experiment, splits, dataset, folder):
+    """What networks are trained on, as `net_sets` asks.
+
+    'distilled' is the experiment's `distilled_set` if it names a file, else `<folder>/adv-kip.npz`,
+    as notebook 01 leaves it there; it is distilled now if it is not there with the same settings.
+    'original' is a draw of `n_original` training images.
+
+    Args:
+      experiment, splits: as for `distill`.
+      dataset: the `data.Dataset` behind the splits.
+      folder: of checkpoints and of adv-kip.npz.
+
+    Returns:
+      {name: `data.TrainingSet`}; the name of the first is 'adv-kip', 'kip' or the file's.
+
+    Raises:
+      ValueError: a file that is not such a set, or whose images or classes do not fit the splits.
+    """
+    sets = {}
+    if "distilled" in experiment.net_sets:
+        name, chosen = _distilled_set(experiment, splits, dataset, folder)
+        sets[name] = chosen
+    if "original" in experiment.net_sets:
+        sets["original"] = data.draw_original(
+            splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
+        )
+    return sets
+
+
+def _distilled_set(experiment, splits, dataset, folder):
+    path = Path(experiment.distilled_set or Path(folder) / "adv-kip.npz")
+    if not experiment.distilled_set and not _is_of(path, experiment):
+        save(path, distill(experiment, splits, checkpoint_dir=folder), experiment, dataset)
+    name, (x, y, kernel) = data.training_set(
+        path, n_classes=splits.n_classes, center=experiment.center_labels
+    )
+    if x.shape[1:] != splits.x_test.shape[1:] or y.shape[1] != splits.n_classes:
+        raise ValueError(
+            f"{path}: expected images {splits.x_test.shape[1:]} of {splits.n_classes} classes as "
+            f"in {experiment.dataset}, got {x.shape[1:]} of {y.shape[1]}; pass a set of that kind"
+        )
+    return name, data.TrainingSet(x, y, kernel)
+
+
+def _is_of(path, experiment):
+    """Whether a file holds what `distill` gives for this experiment."""
+    if not path.exists():
+        return False
+    with np.load(path, allow_pickle=False) as file:
+        settings = json.loads(str(file["experiment"])) if "experiment" in file.files else {}
+    keys = (*experiment.distillation(), "n_steps")
+    return all(settings.get(k) == experiment.to_dict()[k] for k in keys)
+
+
 def _write(path, **arrays):
     if jax.process_index():  # of several hosts, which all have the same arrays, the first writes
         return

@@ -17,21 +17,25 @@ def save(figure, folder, name):
     return figure
 
 
-def training_curves(histories):
-    """Figure 1: clean, FGSM and PGD validation accuracy against outer steps.
+def training_curves(histories, *, against="step", images="validation"):
+    """Figures 1 and 3: clean, FGSM and PGD accuracy against outer steps or epochs.
 
     Args:
-      histories: {title: history of `distill.Distilled`}.
+      histories: {title: history of `distill.Distilled` or `training.Trained`}.
+      against: 'step' or 'epoch'.
+      images: 'validation' or, of networks, 'test'.
     """
     figure, axes = _panels(len(histories), sharey=True)
+    prefix = "test_" if images == "test" else ""
     for axis, (title, history) in zip(axes, histories.items(), strict=True):
-        steps = [line["step"] for line in history]
+        steps = [line[against] for line in history]
         for key, colour in COLOURS.items():
-            values = [100 * line[key] for line in history]
+            values = [100 * line[prefix + key] for line in history]
             axis.plot(steps, values, color=colour, label=NAMES[key], marker=".")
-        axis.set(title=title, xlabel="outer step", ylim=(-2, 102))
+        axis.set(title=title, ylim=(-2, 102))
+        axis.set_xlabel("outer step" if against == "step" else against)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation accuracy (%)")
+    axes[0].set_ylabel(f"{images} accuracy (%)")
     axes[0].legend()
     return figure
 
@@ -49,6 +53,26 @@ def gradient_norms(histories):
     axis.set_title("input-gradient norm on validation images")
     axis.grid(alpha=0.3)
     axis.legend()
+    return figure
+
+
+def learning_rates(searches):
+    """Validation accuracy, clean and under PGD, against the learning rate.
+
+    Args:
+      searches: {title: `training.Search`}.
+    """
+    figure, axes = _panels(len(searches), sharey=True)
+    for axis, (title, found) in zip(axes, searches.items(), strict=True):
+        rates = sorted(found.runs)
+        for key, name in (("clean", "clean"), ("score", "pgd")):
+            values = [100 * getattr(found.runs[rate], key) for rate in rates]
+            axis.semilogx(rates, values, color=COLOURS[name], label=NAMES[name], marker="o")
+        axis.axvline(found.learning_rate, color="#888888", ls=":", label="chosen")
+        axis.set(title=title, xlabel="learning rate", ylim=(-2, 102))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation accuracy (%)")
+    axes[0].legend()
     return figure
 
 
@@ -148,10 +172,16 @@ def accuracy_against_epsilon(epsilons, accuracies):
 
 
 def _panels(count, **options):
+    """A figure and `count` axes, three in a row."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
     figure, axes = plt.subplots(
-        1, count, figsize=(5.2 * count, 3.6), squeeze=False, layout="constrained", **options
-    )
-    return figure, axes[0]
+        rows, columns, figsize=(5.2 * columns, 3.6 * rows), squeeze=False, layout="constrained",
+        **options,
+    )  # fmt: skip
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
 
 
 def _image(axis, image):

@@ -10,6 +10,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,28 +18,72 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from advkip.config import OUTER_SETTINGS
+from advkip.config import KERNEL_NOTEBOOKS, OUTER_SETTINGS, net_settings
 
-PACKAGES = ("jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "pyautoattack")
+PACKAGES = (
+    "jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "torchvision",
+    "pyautoattack",
+)  # fmt: skip
 
 ROW_KEYS = {
     "notebook": str, "model": str, "trained_on": str, "training": str, "attack": str,
     "norm": str, "epsilon": float, "accuracy": float, "n_test": int, "seed": int,
 }  # fmt: skip
 
-# Paper tables on kernels: table, data set, kernel, n_support, trained on,
-# {attack: accuracy in % or (mean, std)}.
+ADVERSARIAL = "original, adversarial training"
+
+# The paper's tables: table, data set, model, number of training images (0: not stated), trained on,
+# {attack: accuracy in % or (mean, std)}. "adv-kip fc3": the set that the FC3 kernel made.
 PAPER = (
-    ("1", "mnist", "conv3", 5000, "adv-kip", {"clean": 96.31, "fgsm": 94.82, "pgd10": 76.62}),
-    ("1", "mnist", "fc7", 30000, "adv-kip", {"clean": 97.21, "fgsm": 67.04, "pgd10": 50.34}),
-    ("2", "cifar10", "fc2", 40000, "adv-kip", {"clean": 59.65, "fgsm": 20.49, "pgd6": 20.37}),
-    ("2", "cifar10", "fc3", 40000, "adv-kip", {"clean": 59.95, "fgsm": 21.67, "pgd6": 21.56}),
-    ("9", "mnist", "fc3", 5000, "kip", {"clean": (97.51, 0.03), "fgsm": (0.0, 0.0)}),
-    ("9", "mnist", "fc7", 30000, "kip", {"clean": (98.23, 0.06), "fgsm": (0.0, 0.0)}),
-    ("9", "cifar10", "fc3", 1000, "kip", {"clean": (48.45, 0.34), "fgsm": (2.5, 0.21)}),
-    ("9", "cifar10", "fc3", 5000, "kip", {"clean": (52.48, 0.23), "fgsm": (0.22, 0.05)}),
-    ("9", "cifar10", "fc3", 10000, "kip", {"clean": (54.04, 0.41), "fgsm": (0.1, 0.04)}),
-)
+    ("1", "mnist", "kernel:conv3", 5000, "adv-kip", {
+        "clean": 96.31, "fgsm": 94.82, "pgd10": 76.62}),
+    ("1", "mnist", "kernel:fc7", 30000, "adv-kip", {"clean": 97.21, "fgsm": 67.04, "pgd10": 50.34}),
+    ("2", "cifar10", "kernel:fc2", 40000, "adv-kip", {
+        "clean": 59.65, "fgsm": 20.49, "pgd6": 20.37}),
+    ("2", "cifar10", "kernel:fc3", 40000, "adv-kip", {
+        "clean": 59.95, "fgsm": 21.67, "pgd6": 21.56}),
+    ("3", "mnist", "fc3-1024", 30000, "adv-kip fc3", {
+        "clean": 80.08, "fgsm": 77.67, "pgd40": 53.85}),
+    ("3", "mnist", "fc5-1024", 30000, "adv-kip fc5", {
+        "clean": 97.75, "fgsm": 64.83, "pgd40": 35.14}),
+    ("3", "mnist", "fc7-1024", 30000, "adv-kip fc7", {
+        "clean": 97.45, "fgsm": 70.58, "pgd40": 40.70}),
+    ("4", "cifar10", "fc2-1024", 40000, "adv-kip fc2", {
+        "clean": 46.29, "fgsm": 20.98, "pgd20": 16.89}),
+    ("4", "cifar10", "fc3-1024", 40000, "adv-kip fc3", {
+        "clean": 46.33, "fgsm": 40.07, "pgd20": 39.15}),
+    ("5", "mnist", "simple-cnn", 30000, "adv-kip fc3", {
+        "clean": (98.15, 0.12), "fgsm": (98.06, 0.18), "pgd40": (97.17, 0.10), "autoattack": 0.0}),
+    ("5", "mnist", "simple-cnn", 30000, "adv-kip fc5", {
+        "clean": (97.96, 0.55), "fgsm": (97.87, 0.64), "pgd40": (97.20, 0.74), "autoattack": 0.0}),
+    ("5", "mnist", "simple-cnn", 30000, "adv-kip fc7", {
+        "clean": (98.03, 0.16), "fgsm": (97.91, 0.22), "pgd40": (97.14, 0.43), "autoattack": 0.0}),
+    ("5", "mnist", "simple-cnn", 0, ADVERSARIAL, {
+        "clean": 99.11, "fgsm": 97.52, "pgd40": 95.82, "autoattack": 88.77}),
+    ("6", "cifar10", "simple-cnn", 50000, "adv-kip fc3", {
+        "clean": (72.10, 0.10), "fgsm": (67.45, 0.37), "pgd20": (67.03, 0.24)}),
+    ("6", "cifar10", "alexnet", 50000, "adv-kip fc3", {
+        "clean": (68.87, 0.76), "fgsm": (49.30, 0.69), "pgd20": (49.06, 0.63)}),
+    ("6", "cifar10", "vgg11", 50000, "adv-kip fc3", {
+        "clean": (74.88, 0.45), "fgsm": (53.98, 9.71), "pgd20": (53.18, 10.32)}),
+    ("7", "cifar10", "simple-cnn", 0, ADVERSARIAL, {
+        "clean": 58.07, "fgsm": 33.94, "pgd20": 31.49, "pgd20-l2": 43.89, "autoattack": 26.18}),
+    ("7", "cifar10", "alexnet", 0, ADVERSARIAL, {
+        "clean": 44.35, "fgsm": 30.12, "pgd20": 24.41, "pgd20-l2": 16.68, "autoattack": 18.95}),
+    ("7", "cifar10", "vgg11", 0, ADVERSARIAL, {
+        "clean": 69.65, "fgsm": 31.30, "pgd20": 24.68, "pgd20-l2": 46.67, "autoattack": 23.85}),
+    ("9", "mnist", "kernel:fc3", 5000, "kip", {"clean": (97.51, 0.03), "fgsm": (0.0, 0.0)}),
+    ("9", "mnist", "kernel:fc7", 30000, "kip", {"clean": (98.23, 0.06), "fgsm": (0.0, 0.0)}),
+    ("9", "cifar10", "kernel:fc3", 1000, "kip", {"clean": (48.45, 0.34), "fgsm": (2.5, 0.21)}),
+    ("9", "cifar10", "kernel:fc3", 5000, "kip", {"clean": (52.48, 0.23), "fgsm": (0.22, 0.05)}),
+    ("9", "cifar10", "kernel:fc3", 10000, "kip", {"clean": (54.04, 0.41), "fgsm": (0.1, 0.04)}),
+    ("10", "cifar10", "simple-cnn", 50000, "adv-kip fc3", {
+        "autoattack": (0.0, 0.0), "pgd20-l2": (70.79, 0.07)}),
+    ("10", "cifar10", "alexnet", 50000, "adv-kip fc3", {
+        "autoattack": (0.89, 1.41), "pgd20-l2": (50.07, 1.42)}),
+    ("10", "cifar10", "vgg11", 50000, "adv-kip fc3", {
+        "autoattack": (0.27, 0.18), "pgd20-l2": (59.60, 6.71)}),
+)  # fmt: skip
 
 
 class Recorder:
@@ -69,15 +114,23 @@ class Recorder:
             }  # fmt: skip
             self.rows.append(row)
 
+    def _stays(self, notebook, settings):
+        """Whether what `notebook` wrote with `settings` still belongs beside our own."""
+        nets = notebook not in KERNEL_NOTEBOOKS and self.notebook not in KERNEL_NOTEBOOKS
+        return notebook != self.notebook and self.experiment.same_results(settings, nets=nets)
+
     def write(self):
         """Writes the file; rows that other notebooks wrote for the same settings stay."""
         settings = self.experiment.to_dict()
         rows, seconds = [], {}
         if self.path.exists():
             old = read(self.path)
-            if self.experiment.same_results(old["experiment"]):
-                rows = [row for row in old["rows"] if row["notebook"] != self.notebook]
-                seconds = old["environment"]["seconds"]
+            rows = [row for row in old["rows"] if self._stays(row["notebook"], old["experiment"])]
+            seconds = old["environment"]["seconds"]
+            seconds = {k: v for k, v in seconds.items() if self._stays(k, old["experiment"])}
+            if rows and self.notebook in KERNEL_NOTEBOOKS:
+                # It was given no settings of networks, so those of its neighbours hold.
+                settings |= {k: v for k, v in old["experiment"].items() if k in net_settings()}
         seconds = {**seconds, self.notebook: round(time.time() - self._began, 1)}
         record = {
             "experiment": settings,
@@ -125,6 +178,7 @@ def check(record):
 def environment():
     """Versions, commit and device of this process."""
     import jax
+    import torch
 
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
@@ -137,6 +191,7 @@ def environment():
         "versions": versions,
         "commit": commit(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "torch_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),
     }
 
@@ -157,14 +212,15 @@ def commit():
         return None
 
 
-def table(records, *, tables=("1", "2", "9")):
+def table(records, *, tables=None, models=None):
     """Markdown: our rows of each data set, and below them the paper's for the same data set.
 
     Records that differ in nothing but the seed are one line, mean +- standard deviation.
 
     Args:
       records: a list of records (see `read`).
-      tables: which of the paper's tables to show.
+      tables: which of the paper's tables to show, as ("1", "2"); None means all.
+      models: a regular expression of the models to show, as "kernel:.*"; None means all.
     """
     lines = defaultdict(lambda: defaultdict(dict))
     for record in records:
@@ -172,27 +228,55 @@ def table(records, *, tables=("1", "2", "9")):
         rest = {k: v for k, v in e.items() if k not in (*OUTER_SETTINGS, "name", "seed")}
         for row in record["rows"]:
             # The settings keep apart what only looks alike; they are not shown.
-            settings = json.dumps([rest, row["n_test"]], sort_keys=True)
-            key = (e["dataset"], "ours", row["model"], e["n_support"], row["trained_on"], settings)
+            settings = json.dumps(rest, sort_keys=True)
+            n = row.get("n_train", e["n_support"])
+            trained_on = _trained_on(row)
+            key = (e["dataset"], "ours", row["model"], n, trained_on, row["n_test"], settings)
             lines[key][row["attack"]][row["seed"]] = 100 * row["accuracy"]
     data_sets = list(dict.fromkeys(key[0] for key in lines))
-    for number, data_set, kernel, n_support, trained_on, accuracies in PAPER:
-        if data_set in data_sets and number in tables:
+    for number, data_set, model, n, trained_on, accuracies in PAPER:
+        if data_set in data_sets and (tables is None or number in tables):
             source = f"paper, Table {number}"
-            lines[data_set, source, f"kernel:{kernel}", n_support, trained_on, ""] = accuracies
-    return "\n\n".join(_one_table(data_set, lines) for data_set in data_sets)
+            lines[data_set, source, model, n, trained_on, 0, ""] = accuracies
+    shown = {k: v for k, v in lines.items() if models is None or re.fullmatch(models, k[2])}
+    return "\n\n".join(_one_table(data_set, shown) for data_set in data_sets)
+
+
+def _trained_on(row):
+    if row["training"] == "adversarial":
+        return ADVERSARIAL
+    return f"{row['trained_on']} {row.get('set_kernel', '')}".strip()
 
 
 def _one_table(data_set, lines):
     lines = {key[1:]: cells for key, cells in lines.items() if key[0] == data_set}
-    attacks = list(dict.fromkeys(attack for cells in lines.values() for attack in cells))
-    head = [data_set, "model", "n_support", "trained on", *attacks]
+    attacks = sorted({attack for cells in lines.values() for attack in cells}, key=_rank)
+    head = [data_set, "model", "images", "trained on", "tested on", *attacks]
+
+    def number(n):
+        return f"{n:,}" if n else ""
+
     body = [
-        [source, model, f"{n:,}", trained_on, *(_cell(cells.get(a)) for a in attacks)]
-        for (source, model, n, trained_on, _), cells in lines.items()
+        [
+            source,
+            model,
+            number(n),
+            trained_on,
+            number(n_test),
+            *(_cell(cells.get(a)) for a in attacks),
+        ]
+        for (source, model, n, trained_on, n_test, _), cells in lines.items()
     ]
-    rule = ["---"] * 4 + ["---:"] * len(attacks)
+    rule = ["---", "---", "---:", "---", "---:"] + ["---:"] * len(attacks)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+
+
+def _rank(attack):
+    """Weak attacks first, l2 after l_inf."""
+    base = attack.removesuffix("-l2")
+    steps = re.match(r"pgd(\d+)", base)
+    kind = {"clean": 0, "fgsm": 1, "autoattack": 5}.get(base, 2 if steps else 4)
+    return attack.endswith("-l2"), kind, int(steps[1]) if steps else 0, attack
 
 
 def _cell(value):

@@ -18,7 +18,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from advkip import records
-from advkip.config import Experiment, field_names
+from advkip.config import KERNEL_NOTEBOOKS, Experiment, field_names, net_settings
 
 
 class NotebookError(RuntimeError):
@@ -120,13 +120,13 @@ def run(experiment, reports="reports", *, force=False):
         os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
     # It warns of settings that a notebook's parameters cell does not list; all are checked here.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    for checkpoint in folder.glob("checkpoint-*.npz") if force else ():
+    for checkpoint in folder.glob("checkpoint-*") if force else ():
         checkpoint.unlink()
     for notebook in experiment.notebooks:
         executed = folder / f"{notebook}.ipynb"
         running, failed = (folder / f"{notebook}.{s}.ipynb" for s in ("running", "failed"))
         parameters = parameters_for(notebook, experiment, folder)
-        if not force and _finished(executed, parameters):
+        if not force and _finished(executed, notebook, parameters):
             print(f"{executed}: finished, skipped (--force runs it again)")
             continue
         print(f"{executed}: running", flush=True)
@@ -163,11 +163,15 @@ def parameters_for(notebook, experiment, folder):
     parameters = {"output": _from_notebooks(folder)}
     if set(declared) & set(field_names()):
         default = Experiment().to_dict()
+        others = net_settings() if notebook in KERNEL_NOTEBOOKS else ()
         parameters |= {
-            k: v for k, v in experiment.to_dict().items() if k in declared or v != default[k]
+            k: v
+            for k, v in experiment.to_dict().items()
+            if (k in declared or v != default[k]) and k not in (*others, "notebooks")
         }
-        if experiment.data_dir:
-            parameters["data_dir"] = _from_notebooks(Path(experiment.data_dir).expanduser())
+        for key in ("data_dir", "distilled_set"):
+            if parameters.get(key):
+                parameters[key] = _from_notebooks(Path(parameters[key]).expanduser())
     return parameters
 
 
@@ -181,19 +185,32 @@ def _check_folder(folder, experiment, force):
         old = records.read(path)["experiment"]
         # A run may go on with more steps.
         steps = {k: old[k] for k in ("n_steps", "kip_steps") if old[k] < getattr(experiment, k)}
-        if not experiment.replace(**steps).same_results(old):
+        # Networks are trained anew when their settings change; nothing else depends on these.
+        if not experiment.replace(**steps).same_results(old, nets=False):
             new = experiment.to_dict()
-            changed = sorted(key for key in new if old.get(key) != new[key])
+            changed = sorted(k for k in set(new) - set(net_settings()) if old.get(k) != new[k])
             raise ValueError(
                 f"expected {path} to be of the same settings, got other {changed}; pass "
                 "--set name=... for a folder of its own, or --force to replace it"
             )
 
 
-def _finished(executed, parameters):
+def _finished(executed, notebook, parameters):
+    """Whether `executed` was run with these parameters, as far as its results depend on them."""
     if not executed.exists():
         return False
-    return nbformat.read(executed, 4).metadata.get("papermill", {}).get("parameters") == parameters
+    old = nbformat.read(executed, 4).metadata.get("papermill", {}).get("parameters", {})
+
+    def settings(given):
+        return {k: v for k, v in given.items() if k in field_names()}
+
+    try:
+        experiment = Experiment.from_params(settings(parameters))
+        same = experiment.same_results(settings(old), nets=notebook not in KERNEL_NOTEBOOKS)
+    except ValueError:  # settings of an older version
+        return False
+    outer = [{k: v for k, v in p.items() if k not in field_names()} for p in (old, parameters)]
+    return same and bool(settings(old)) == bool(settings(parameters)) and outer[0] == outer[1]
 
 
 def _tidy(path):

@@ -48,6 +48,21 @@ def test_integers_pass_as_floats_and_lists_as_tuples():
         ({"diag_reg": -1e-6}, "expected diag_reg >= 0"),
         ({"epsilon": 8.0, "step_size": 2.0}, r"expected epsilon in \[0, 1\] pixel units"),
         ({"epsilon": 0.1, "step_size": 0.3}, "expected step_size <= 2 epsilon"),
+        ({"net_sets": ["kip"]}, "expected net_sets a choice of"),
+        ({"fc_nets": ["fc3"]}, "expected fc_nets to be known names"),
+        ({"cnns": ["resnet18"]}, "expected cnns to be known names"),
+        ({"net_attacks": ["fgsm", "cw"]}, "expected net_attacks to be known names"),
+        ({"net_learning_rates": []}, "expected net_learning_rates to be positive numbers"),
+        ({"at_learning_rates": [0.1, 0]}, "expected at_learning_rates to be positive numbers"),
+        ({"net_learning_rates": ["1e-3"]}, "to be a list of floats, got .* 1e-6 is text"),
+        ({"net_learning_rates": 1e-3}, "to be a list of floats, got 0.001"),
+        ({"net_milestones": [0.5]}, "expected net_milestones to be a list of ints"),
+        ({"net_optimizer": "lion"}, "expected net_optimizer in"),
+        ({"net_loss": "hinge"}, "expected net_loss in"),
+        ({"net_target": "hard"}, "expected net_target in"),
+        ({"net_target": "labels"}, "expected net_target 'softmax' or 'argmax' with cross-entropy"),
+        ({"net_seeds": 0}, "expected net_seeds >= 1"),
+        ({"at_epochs": -1}, "expected at_epochs >= 0"),
         ({"n_suport": 10}, r"expected known settings, got \['n_suport'\]"),
     ],
 )
@@ -113,6 +128,15 @@ def test_same_results():
     assert not e.same_results(e.replace(seed=2).to_dict())
     with pytest.raises(ValueError, match="expected known settings"):
         e.same_results({"gone": 1})
+
+
+def test_settings_of_networks_touch_no_distilled_set():
+    plain, changed = Experiment(), Experiment(net_epochs=7, at_epochs=0, cnns=["vgg11"])
+    assert plain.fingerprint() == changed.fingerprint()
+    assert not changed.same_results(plain.to_dict())
+    assert changed.same_results(plain.to_dict(), nets=False)
+    assert not changed.same_results(Experiment(seed=1).to_dict(), nets=False)
+    assert Experiment(seed=2, net_seeds=3).net_seed_list() == [2000, 2001, 2002]
 
 
 def test_names_exist_where_they_are_used():

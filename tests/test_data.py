@@ -224,3 +224,46 @@ def test_real_mnist(shared_data):
     splits = data.split(mnist, e)
     assert splits.x_test.shape == (10000, 28, 28, 1)
     assert splits.x_pool.shape == (59000, 28, 28, 1)
+
+
+def test_training_sets_keep_label_vectors(tmp_path, rng):
+    x, vectors = rng.normal(size=(30, 8, 8, 1)), rng.normal(size=(30, 4)).astype("float32")
+    vectors[:, 3] += 9  # 3 is the largest label
+    test = {"x_test": rng.random((5, 8, 8)), "y_test": np.arange(5) % 4}
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=vectors, experiment="{}", **test)
+    name, (found_x, found_y, kernel) = data.training_set(tmp_path / "d.npz")
+    assert (name, kernel) == ("d", "")
+    np.testing.assert_array_equal(found_y, vectors)
+    np.testing.assert_allclose(found_x, x, atol=1e-6)
+    assert (found_x.dtype, found_y.dtype) == (np.float32, np.float32)
+    x = rng.integers(0, 256, (30, 8, 8)).astype("uint8")
+    np.savez(tmp_path / "i.npz", x_train=x, y_train=np.arange(30) % 4, **test)
+    name, (found_x, found_y, _) = data.training_set(tmp_path / "i.npz", n_classes=6, center=True)
+    assert name == "i"
+    np.testing.assert_allclose(found_x[..., 0], x / 255, atol=1e-6)
+    np.testing.assert_allclose(found_y, np.eye(6)[np.arange(30) % 4] - 1 / 6, atol=1e-6)
+    with pytest.raises(ValueError, match="pass a .npz written by numpy.savez"):
+        data.training_set(tmp_path / "missing.npz")
+
+
+def test_draws_for_networks():
+    e = Experiment(n_validation=200)
+    splits = data.split(data.load("digits"), e)
+    x, y, kernel = data.draw_original(splits, 300, seed=0)
+    assert kernel == ""
+    assert (x.shape, y.shape) == ((300, 8, 8, 1), (300, 10))
+    assert (y.sum(0) == 30).all()
+    validation = {image.tobytes() for image in splits.x_validation}
+    assert not validation & {image.tobytes() for image in x}
+    assert len(data.draw_original(splits, 0, seed=0)[0]) == len(splits.x_pool)
+    x, y = data.draw_test(splits, 50, seed=0)
+    assert (np.bincount(y) == 5).all()
+    assert {image.tobytes() for image in x} <= {image.tobytes() for image in splits.x_test}
+    np.testing.assert_array_equal(data.draw_test(splits, 50, seed=0)[0], x)
+    assert not np.array_equal(data.draw_test(splits, 50, seed=1)[0], x)
+    for n in (0, 10_000):
+        assert data.draw_test(splits, n, seed=0)[0] is splits.x_test
+    rare = splits._replace(y_test=np.where(np.arange(len(splits.y_test)) < 3, 1, 0))
+    assert len(data.draw_test(rare, 50, seed=0)[0]) == 50
+    with pytest.raises(ValueError, match="n_original = 5000: .* or pass 0 for all images"):
+        data.draw_original(splits, 5000, seed=0)

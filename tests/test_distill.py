@@ -369,6 +369,48 @@ def test_saved_set_is_a_data_set_with_its_settings(digits, tmp_path):
         np.testing.assert_array_equal(file["y_train"], result.y_support)
 
 
+def test_training_sets_come_from_the_file_the_folder_or_a_new_run(digits, tmp_path, monkeypatch):
+    e, dataset = SMALL.replace(n_steps=2, n_original=40), digits
+    splits = data.split(digits, e)
+    found = distill.training_sets(e, splits, dataset, tmp_path)
+    assert list(found) == ["adv-kip", "original"]
+    assert found["original"][0].shape == (40, 8, 8, 1)
+    expected = distill.distill(e, splits, progress=False)
+    np.testing.assert_allclose(found["adv-kip"][0], expected.x_support, rtol=1e-6)
+    np.testing.assert_allclose(found["adv-kip"][1], expected.y_support, rtol=1e-6)
+    assert found["adv-kip"].kernel == "fc2"
+
+    e_other = e.replace(seed=1)
+    other = distill.training_sets(e_other, data.split(digits, e_other), dataset, tmp_path / "b")
+    assert not np.array_equal(other["adv-kip"][0], found["adv-kip"][0])
+    named = e.replace(distilled_set=str(tmp_path / "b" / "adv-kip.npz"), net_sets=["distilled"])
+
+    def distilled_again(*arguments, **options):
+        raise AssertionError("expected no new run")
+
+    monkeypatch.setattr(distill, "distill", distilled_again)
+    again = distill.training_sets(e, splits, dataset, tmp_path)
+    np.testing.assert_array_equal(again["adv-kip"][0], found["adv-kip"][0])
+    again = distill.training_sets(named, splits, dataset, tmp_path)
+    assert list(again) == ["adv-kip"]
+    np.testing.assert_array_equal(again["adv-kip"][0], other["adv-kip"][0])
+    distill.save(tmp_path / "k.npz", expected, e.as_kip(), dataset)
+    of_kip = distill.training_sets(
+        named.replace(distilled_set=str(tmp_path / "k.npz")), splits, dataset, tmp_path
+    )
+    assert list(of_kip) == ["kip"]
+    with pytest.raises(AssertionError, match="expected no new run"):
+        distill.training_sets(e.replace(learning_rate=0.5), splits, dataset, tmp_path)
+
+
+def test_a_set_of_other_images_is_refused(digits, tmp_path, rng):
+    x, y = rng.random((20, 10, 10)), np.arange(20) % 10
+    np.savez(tmp_path / "other.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    e = SMALL.replace(distilled_set=str(tmp_path / "other.npz"))
+    with pytest.raises(ValueError, match=r"expected images \(8, 8, 1\) of 10 classes"):
+        distill.training_sets(e, data.split(digits, e), digits, tmp_path)
+
+
 def test_real_mnist_becomes_robust(shared_data):
     """From nothing to something on real images: PGD accuracy starts near 0 and rises."""
     e = Experiment(

@@ -27,6 +27,27 @@ def test_training_curves_show_the_history():
     assert len(second.lines[0].get_xdata()) == 2
 
 
+def test_curves_of_networks():
+    history = [{"epoch": i, "test_clean": 0.9, "test_fgsm": 0.5, "test_pgd": 0.1} for i in (1, 2)]
+    figure = figures.training_curves(
+        {str(i): history for i in range(4)}, against="epoch", images="test"
+    )
+    assert len([axis for axis in figure.axes if axis.axison]) == 4
+    np.testing.assert_allclose(figure.axes[3].lines[2].get_xydata(), [(1, 10), (2, 10)])
+    assert figure.axes[0].get_ylabel() == "test accuracy (%)"
+
+    class Run:
+        def __init__(self, score, clean):
+            self.score, self.clean = score, clean
+
+    class Search:
+        learning_rate, runs = 0.1, {0.1: Run(0.4, 0.8), 0.01: Run(0.2, 0.9)}
+
+    (axis,) = figures.learning_rates({"net": Search}).axes
+    np.testing.assert_allclose(axis.lines[0].get_xydata(), [(0.01, 90), (0.1, 80)])
+    np.testing.assert_allclose(axis.lines[1].get_xydata(), [(0.01, 20), (0.1, 40)])
+
+
 def test_gradient_norms_and_trade_off_show_the_history():
     (axis,) = figures.gradient_norms({"adv-kip": HISTORY}).axes
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [0.3, 0.29, 0.28, 0.27, 0.26])

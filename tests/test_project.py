@@ -12,7 +12,7 @@ import papermill
 import pytest
 import yaml
 
-from advkip import attacks, data, distill, evaluate, kernels, krr
+from advkip import attacks, data, distill, evaluate, kernels, krr, records, training
 from advkip.config import Experiment, field_names
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +30,13 @@ IMPORTS = {
     "kernels": {"config", "compat", "devices", "tiled"},
     "krr": {"devices"},
     "attacks": {"devices"},
+    "torch_attacks": set(),
+    "bridge": {"devices", "krr", "attacks"},
+    "nets": {"config", "data"},
+    "recipe": {"attacks", "torch_attacks", "nets"},
+    "training": {"data", "torch_attacks", "nets", "recipe"},
     "distill": {"config", "data", "kernels", "krr", "attacks"},
-    "evaluate": {"attacks", "krr"},
+    "evaluate": {"config", "attacks", "torch_attacks", "krr", "bridge", "nets"},
     "figures": set(),
     "records": {"config"},
     "run": {"config", "records"},
@@ -157,23 +162,39 @@ def test_notebook_style(path):
     assert not assigned & set(field_names())  # from_notebook would take it for a setting
 
 
-def test_defaults_of_the_kernel_notebook_are_a_valid_experiment():
-    declared = papermill.inspect_notebook(ROOT / "notebooks/01_kernels.ipynb")
-    values = {k: ast.literal_eval(v["default"]) for k, v in declared.items()}
-    experiment = Experiment.from_notebook(values)
+def defaults(notebook):
+    declared = papermill.inspect_notebook(ROOT / f"notebooks/{notebook}.ipynb")
+    return Experiment.from_notebook(
+        {k: ast.literal_eval(v["default"]) for k, v in declared.items()}
+    )
+
+
+@pytest.mark.parametrize("notebook", ["01_kernels", "02_transfer", "03_cnns"])
+def test_defaults_of_notebooks_are_one_valid_experiment(notebook):
+    experiment = defaults(notebook)
     assert experiment.dataset == "digits"
+    # So that 02 and 03 take the set that 01 left behind.
+    assert experiment.distillation() == defaults("01_kernels").distillation()
+    assert experiment.n_steps == defaults("01_kernels").n_steps
 
 
-def test_there_is_a_file_for_every_row_of_the_papers_kernel_tables():
-    from advkip import records
-
+def test_there_is_a_file_for_every_row_of_the_papers_tables():
     found = set()
-    for path in PARAMS:
+    for path in (p for p in PARAMS if p.parent.name == "paper"):
         e = Experiment.from_file(path)
-        if path.parent.name == "paper":
-            assert path.stem == e.name
-            found |= {(e.dataset, e.kernel, e.n_support, method) for method in e.methods}
-    assert {row[1:5] for row in records.PAPER} <= found
+        assert path.stem == e.name
+        found |= {(e.dataset, f"kernel:{e.kernel}", e.n_support, m) for m in e.methods}
+        models = [e.fc_nets, e.cnns]
+        for notebook, names in zip(("02_transfer", "03_cnns"), models, strict=True):
+            if notebook in e.notebooks:
+                made = f"adv-kip {e.kernel}"
+                found |= {(e.dataset, net, e.n_support, made) for net in names}
+                if notebook == "03_cnns" and e.at_epochs:
+                    found |= {(e.dataset, net, 0, records.ADVERSARIAL) for net in names}
+    # 50,000 is all of CIFAR-10's training images, of which some have to be held out.
+    nearest = {50_000: 49_000}
+    rows = {(*row[1:3], nearest.get(row[3], row[3]), row[4]) for row in records.PAPER}
+    assert rows <= found
 
 
 SHAPES = {"digits": (8, 8), "mnist": (28, 28), "fashion_mnist": (28, 28), "cifar10": (32, 32, 3)}
@@ -206,6 +227,35 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
             attack_names=["fgsm", "pgd2"], step_size=e.step_size, progress=False,
         )  # fmt: skip
         assert len(outcomes) == 3
+    if set(e.notebooks) & {"02_transfer", "03_cnns"}:
+        assert not e.distilled_set or e.distilled_set.startswith("reports/")
+        check_networks(e.replace(distilled_set=""), splits, tmp_path)
+
+
+def check_networks(e, splits, folder):
+    """An epoch of each network, plain and adversarial, and the attacks of the file but AutoAttack,
+    whose name alone is checked: it takes minutes on a large network."""
+    dataset = data.load(e.dataset, e.data_dir)
+    sets = distill.training_sets(e.replace(n_original=20), splits, dataset, folder)
+    e = e.replace(net_epochs=1, net_eval_every=1, net_pgd_steps=1, at_epochs=1, at_pgd_steps=1)
+    for name in (*e.fc_nets, *e.cnns):
+        for adversarial in (False, True):
+            found = training.search(
+                name, *sets["original" if adversarial else "adv-kip"][:2],
+                recipe=training.Recipe.of(e, adversarial=adversarial), progress=False,
+                learning_rates=(e.at_learning_rates if adversarial else e.net_learning_rates)[:1],
+                seeds=e.net_seed_list()[:1],
+                watched=training.watched(splits, 5, seed=0),
+            )  # fmt: skip
+            (line,) = found.best[0].history
+            assert np.isfinite(line["loss"])
+    names = [re.sub(r"pgd\d+", "pgd2", a) for a in e.net_attacks if "auto" not in a]
+    outcomes = evaluate.evaluate(
+        found.best[0].net, splits.x_test, splits.y_test, attack_names=names, progress=False,
+        threat=attacks.Threat(e.norm, e.epsilon), step_size=e.step_size,
+        threat_l2=attacks.Threat("l2", e.epsilon_l2), step_size_l2=e.step_size_l2,
+    )  # fmt: skip
+    assert len(outcomes) == 1 + len(names)
 
 
 def test_reports_hold_small_files_and_no_machine_paths():

@@ -54,16 +54,18 @@ def test_notebooks_share_a_file(tmp_path):
 def test_table_sets_the_paper_beside_ours(tmp_path):
     text = records.table([write(tmp_path)], tables=("1", "9"))
     lines = text.splitlines()
-    assert lines[0] == "| mnist | model | n_support | trained on | clean | pgd10 | fgsm |"
-    assert lines[2] == "| ours | kernel:fc3 | 5,000 | adv-kip | 90.00 | 40.00 |  |"
-    assert "| paper, Table 1 | kernel:conv3 | 5,000 | adv-kip | 96.31 | 76.62 | 94.82 |" in lines
-    assert "| paper, Table 9 | kernel:fc3 | 5,000 | kip | 97.51 ± 0.03 |  | 0.00 ± 0.00 |" in lines
+    assert lines[0] == "| mnist | model | images | trained on | tested on | clean | fgsm | pgd10 |"
+    assert lines[2] == "| ours | kernel:fc3 | 5,000 | adv-kip | 100 | 90.00 |  | 40.00 |"
+    assert "| paper, Table 1 | kernel:conv3 | 5,000 | adv-kip |  | 96.31 | 94.82 | 76.62 |" in lines
+    assert (
+        "| paper, Table 9 | kernel:fc3 | 5,000 | kip |  | 97.51 ± 0.03 | 0.00 ± 0.00 |  |" in lines
+    )
     assert "cifar10" not in text
 
 
 def test_seeds_become_mean_and_std(tmp_path):
     found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
-    assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in records.table(found)
+    assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in records.table(found, tables=())
 
 
 def test_only_seeds_are_averaged(tmp_path):
@@ -76,15 +78,65 @@ def test_only_seeds_are_averaged(tmp_path):
     assert "| 90.00 | 10.00 |" in text
 
 
+def test_networks_in_the_table(tmp_path):
+    experiment = Experiment(dataset="cifar10", n_support=5000, n_target=10)
+    recorder = records.Recorder(experiment, tmp_path, "03_cnns")
+    outcomes = [outcome("clean", 0.7), outcome("autoattack", 0.1), outcome("pgd20-l2", 0.3)]
+    settings = {"model": "simple-cnn", "n_train": 800}
+    distilled = {**settings, "trained_on": "adv-kip", "set_kernel": "fc3", "training": "plain"}
+    recorder.add(outcomes, **distilled, seed=0)
+    recorder.add(outcomes[:1], **distilled, seed=1)
+    recorder.add(outcomes, **settings, trained_on="original", training="adversarial")
+    recorder.add(outcomes, **settings, trained_on="original", training="plain")
+    lines = records.table([recorder.write()], tables=("7", "10")).splitlines()
+    attacks = "clean | fgsm | pgd20 | autoattack | pgd20-l2 |"
+    assert lines[0] == f"| cifar10 | model | images | trained on | tested on | {attacks}"
+    ours = "| ours | simple-cnn | 800 |"
+    assert f"{ours} adv-kip fc3 | 100 | 70.00 ± 0.00 |  |  | 10.00 | 30.00 |" in lines
+    assert f"{ours} original, adversarial training | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
+    assert f"{ours} original | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
+    paper = (
+        "| paper, Table 7 | vgg11 |  | original, adversarial training |  | 69.65 | 31.30 | 24.68 |"
+    )
+    assert f"{paper} 23.85 | 46.67 |" in lines
+    paper = "| paper, Table 10 | alexnet | 50,000 | adv-kip fc3 |  |  |  |  | 0.89 ± 1.41 |"
+    assert f"{paper} 50.07 ± 1.42 |" in lines
+    only = records.table([records.read(tmp_path / "results.json")], models="kernel:.*")
+    assert "simple-cnn" not in only
+    assert "kernel:fc2" in only
+
+
+def test_a_change_of_network_settings_drops_their_rows_alone(tmp_path):
+    write(tmp_path, notebook="01_kernels")
+    write(tmp_path, notebook="02_transfer", net_epochs=7)
+    assert len(write(tmp_path, notebook="03_cnns", net_epochs=7)["rows"]) == 6
+    found = write(tmp_path, notebook="02_transfer", net_epochs=8)
+    assert {row["notebook"] for row in found["rows"]} == {"01_kernels", "02_transfer"}
+    assert set(found["environment"]["seconds"]) == {"01_kernels", "02_transfer"}
+    # Notebook 01 is given no settings of networks, and leaves those of the others in place.
+    again = write(tmp_path, notebook="01_kernels")
+    assert len(again["rows"]) == 4
+    assert again["experiment"]["net_epochs"] == 8
+    assert len(write(tmp_path, notebook="01_kernels", epsilon=0.1)["rows"]) == 2
+
+
 def test_the_papers_numbers():
-    """Every kernel row of the paper's Tables 1, 2 and 9."""
-    assert [row[0] for row in records.PAPER] == ["1"] * 2 + ["2"] * 2 + ["9"] * 5
+    """Every row of the paper's Tables 1 to 7, 9 and 10."""
+    numbers = [row[0] for row in records.PAPER]
+    counts = {"1": 2, "2": 2, "3": 3, "4": 2, "5": 4, "6": 3, "7": 3, "9": 5, "10": 3}
+    assert {number: numbers.count(number) for number in numbers} == counts
     cells = {row[:5]: row[5] for row in records.PAPER}
-    assert cells["1", "mnist", "fc7", 30000, "adv-kip"]["pgd10"] == 50.34
-    assert cells["2", "cifar10", "fc3", 40000, "adv-kip"] == {
+    assert cells["1", "mnist", "kernel:fc7", 30000, "adv-kip"]["pgd10"] == 50.34
+    assert cells["2", "cifar10", "kernel:fc3", 40000, "adv-kip"] == {
         "clean": 59.95, "fgsm": 21.67, "pgd6": 21.56,
     }  # fmt: skip
-    assert cells["9", "cifar10", "fc3", 10000, "kip"]["clean"] == (54.04, 0.41)
+    assert cells["3", "mnist", "fc5-1024", 30000, "adv-kip fc5"]["fgsm"] == 64.83
+    assert cells["4", "cifar10", "fc3-1024", 40000, "adv-kip fc3"]["pgd20"] == 39.15
+    assert cells["5", "mnist", "simple-cnn", 0, records.ADVERSARIAL]["autoattack"] == 88.77
+    assert cells["6", "cifar10", "vgg11", 50000, "adv-kip fc3"]["pgd20"] == (53.18, 10.32)
+    assert cells["7", "cifar10", "alexnet", 0, records.ADVERSARIAL]["pgd20-l2"] == 16.68
+    assert cells["9", "cifar10", "kernel:fc3", 10000, "kip"]["clean"] == (54.04, 0.41)
+    assert cells["10", "cifar10", "alexnet", 50000, "adv-kip fc3"]["autoattack"] == (0.89, 1.41)
 
 
 def test_bad_records(tmp_path):

@@ -122,7 +122,7 @@ def test_the_end_shows_the_table_and_where_to_look(project, capfd):
     Path("reports/x/results.json").write_text(json.dumps(record))
     assert run.main([path]) == 0
     out = capfd.readouterr().out
-    assert "| ours | kernel:fc3 | 100 | kip | 87.50 |" in out
+    assert "| ours | kernel:fc3 | 100 | kip | 8 | 87.50 |" in out
     assert "reports/x/" in out.splitlines()[-1]
 
 
@@ -160,8 +160,32 @@ def test_results_of_other_settings_are_not_overwritten(project, capfd):
     # More steps, other notebooks, and settings that did not exist then, are the same experiment.
     assert with_results_of(n_steps=1) == 0
     assert with_results_of(notebooks=["bad"]) == 0
+    assert with_results_of(net_epochs=1) == 0
     del experiment["kip_patience"]
     assert with_results_of() == 0
+
+
+def test_settings_of_networks_reach_their_notebooks_alone(project):
+    for name in ("01_kernels", "03_cnns"):
+        cells = ["seed = 0\noutput = '.'", "print(sorted(globals().keys() & {'cnns', 'seed'}))"]
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+        notebook.cells[0].metadata["tags"] = ["parameters"]
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+        notebook.metadata["language_info"] = {"name": "python"}
+        nbformat.write(notebook, project / "notebooks" / f"{name}.ipynb")
+    path = params(project, notebooks=["01_kernels", "03_cnns"], cnns=["vgg11"])
+    assert run.main([path]) == 0
+    assert output_of("reports/x/01_kernels.ipynb") == "['seed']\n"
+    assert output_of("reports/x/03_cnns.ipynb") == "['cnns', 'seed']\n"
+    before = [Path(f"reports/x/{n}.ipynb").stat().st_mtime_ns for n in ("01_kernels", "03_cnns")]
+    assert run.main([path, "--set", "net_epochs=3", "--set", "block_size=64"]) == 0
+    after = [Path(f"reports/x/{n}.ipynb").stat().st_mtime_ns for n in ("01_kernels", "03_cnns")]
+    assert after[0] == before[0]  # not run again
+    assert after[1] > before[1]
+    e = run.Experiment.from_file(path, ["distilled_set=sets/a.npz"])
+    found = run.parameters_for("03_cnns", e, Path("reports/x"))
+    assert found["distilled_set"] == "../sets/a.npz"
+    assert "distilled_set" not in run.parameters_for("01_kernels", e, Path("reports/x"))
 
 
 def test_paths_in_executed_notebooks_are_relative(project):

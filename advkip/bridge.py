@@ -1,0 +1,95 @@
+"""A kernel machine as a PyTorch module, so that PyTorch's attacks run on it.
+
+Values and input gradients are computed by JAX, with the kernel's exact pullback. On one GPU the
+arrays are shared; elsewhere they go through the host's memory.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from advkip.attacks import in_batches
+from advkip.devices import everywhere, jit, over_rows
+from advkip.krr import rows_of_tile
+
+
+class KernelNet(torch.nn.Module):
+    """Images (n, C, H, W) to logits (n, classes), like any network; in evaluation mode.
+
+    Args:
+      machine: a `krr.KernelMachine`.
+      batch_size: rows that JAX is given at a time; 0 chooses. Smaller batches are filled up to
+        the next power of two, so that JAX compiles for few sizes only.
+    """
+
+    def __init__(self, machine, *, batch_size=0):
+        super().__init__()
+        self.machine = machine
+        self.batch_size = batch_size or rows_of_tile(machine.kernel, len(machine.x_support))
+        self.eval()
+
+    def forward(self, x):
+        return _Logits.apply(x, self)
+
+
+class _Logits(torch.autograd.Function):
+    """The machine's logits; the backward pass is the pullback at the same images."""
+
+    @staticmethod
+    def forward(context, x, net):
+        context.save_for_backward(x)
+        context.net = net
+        return _rows_of(net, _value, x).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, g):
+        (x,) = context.saved_tensors
+        gradient = _rows_of(context.net, _pullback, x, g)
+        return gradient.movedim(3, 1).to(x.dtype), None
+
+
+def _rows_of(net, function, x, *rest):
+    """function(machine, NHWC images, *rest) as a tensor, in batches of few sizes."""
+    arrays = [_to_jax(a, net.machine.alpha.dtype) for a in (x.movedim(1, 3), *rest)]
+    n, most = len(x), net.batch_size
+    size = min(most, 1 << (n - 1).bit_length())
+    arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+    found = in_batches(partial(function, net.machine), *map(everywhere, arrays), batch_size=size)
+    return _to_torch(found, x.device)[:n]
+
+
+def _shares(tensor_device):
+    """Whether JAX and PyTorch hold their arrays on the same one GPU."""
+    return (
+        tensor_device.type == "cuda" and jax.default_backend() == "gpu" and jax.device_count() == 1
+    )
+
+
+def _to_jax(tensor, dtype):
+    if _shares(tensor.device):
+        return jnp.from_dlpack(tensor.detach().contiguous()).astype(dtype)
+    return jnp.asarray(tensor.detach().cpu().numpy(), dtype)
+
+
+def _to_torch(array, tensor_device):
+    if _shares(tensor_device):
+        return torch.from_dlpack(array)
+    return torch.from_numpy(np.array(array)).to(tensor_device)
+
+
+@jit
+def _value(machine, x):
+    return over_rows(lambda x, machine: machine(x), x, machine)
+
+
+@jit
+def _pullback(machine, x, g):
+    def pull(rows, machine):
+        x, g = rows
+        return jax.vjp(machine, x)[1](g)[0]
+
+    return over_rows(pull, (x, g), machine)

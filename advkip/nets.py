@@ -1,0 +1,128 @@
+"""PyTorch networks of the paper: fully connected, simple-CNN, AlexNet and VGG11.
+
+Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisation one wants is a
+layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
+"""
+
+import re
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from advkip import data
+
+
+def build(name, *, shape, n_classes, seed):
+    """A network with random weights that derive from the seed alone.
+
+    Args:
+      name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'simple-cnn' (three 3x3
+        convolutions of width 64, each with ReLU and 2x2 max-pooling, one linear layer),
+        'alexnet' or 'vgg11' (torchvision's layers with the first strides and the pooling made for
+        small images; vgg11 with batch normalisation).
+      shape: (H, W, C) of an image.
+      n_classes: 2 or more.
+      seed: of the weights.
+
+    Returns:
+      A `torch.nn.Module` in training mode, on `device()`.
+
+    Raises:
+      ValueError: another name.
+    """
+    height, width, channels = shape
+    match = re.fullmatch(r"fc([1-9]\d?)-([1-9]\d*)", name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, "weights"))
+        if match:
+            net = _fully_connected(height * width * channels, *map(int, match.groups()), n_classes)
+        elif name in BUILDERS:
+            net = BUILDERS[name](shape, n_classes)
+        else:
+            raise ValueError(
+                f"expected a network in {['fc3-1024', *BUILDERS]}, got {name!r}; pass one of them "
+                "(any depth and width for fc), or a torch.nn.Module of your own to training.train"
+            )
+    # Channels last in memory: up to twice as fast on CPUs, and what tensor cores want.
+    return net.to(device(), memory_format=torch.channels_last)
+
+
+def _fully_connected(n_inputs, depth, width, n_classes):
+    sizes = [n_inputs, *[width] * depth]
+    layers = [nn.Flatten()]
+    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, n_classes))
+
+
+def _simple_cnn(shape, n_classes):
+    height, width, channels = shape
+    layers = []
+    for before in (channels, 64, 64):
+        layers += [nn.Conv2d(before, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(64 * (height // 8) * (width // 8), n_classes)
+    )
+
+
+def _alexnet(shape, n_classes):
+    """AlexNet's five convolutions and three linear layers; 2x2 pooling, small first kernel."""
+    net = torchvision.models.AlexNet(num_classes=n_classes)
+    features = [nn.Conv2d(shape[2], 64, 3, stride=2, padding=1), *list(net.features)[1:]]
+    features[3] = nn.Conv2d(64, 192, 3, padding=1)
+    net.features = _small_pools(features)
+    net.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+    net.classifier[1] = nn.Linear(256 * 2 * 2, 4096)
+    return net
+
+
+def _vgg11(shape, n_classes):
+    """VGG11's eight convolutions (with batch normalisation) and one linear layer."""
+    features = list(torchvision.models.vgg11_bn().features)
+    features[0] = nn.Conv2d(shape[2], 64, 3, padding=1)
+    return nn.Sequential(
+        _small_pools(features), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(),
+        nn.Linear(512, n_classes),
+    )  # fmt: skip
+
+
+def _small_pools(layers):
+    """2x2 pools that keep at least one pixel, so that 8x8 images pass, too."""
+    return nn.Sequential(
+        *(nn.MaxPool2d(2, 2, ceil_mode=True) if isinstance(v, nn.MaxPool2d) else v for v in layers)
+    )
+
+
+BUILDERS = {"simple-cnn": _simple_cnn, "alexnet": _alexnet, "vgg11": _vgg11}
+
+
+def device():
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_tensor(x, *, like=None):
+    """NHWC array to an NCHW tensor, with the channels last in memory.
+
+    Device and dtype are those of the tensor `like`; without one, `device()` and float32.
+    """
+    like = torch.empty(0, device=device()) if like is None else like
+    x = torch.as_tensor(np.ascontiguousarray(x, "float32")).movedim(3, 1)
+    return x.to(like.device, like.dtype, memory_format=torch.channels_last)
+
+
+def to_array(x):
+    """NCHW tensor to an NHWC array."""
+    return np.moveaxis(x.detach().cpu().numpy(), 1, 3)
+
+
+def deterministic():
+    """A context in which cuDNN gives the same numbers every time."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True)
+
+
+def derived_seed(seed, stream, step=0):
+    """An integer seed for torch, of one purpose (`data.STREAMS`) and step."""
+    return int(data.generator(seed, stream, step).integers(2**62))

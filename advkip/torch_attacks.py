@@ -1,0 +1,132 @@
+"""FGSM and PGD on PyTorch networks: the twins of `attacks`, under the same threat model.
+
+Images are (n, C, H, W) tensors in [0, 1]; logits are (n, classes). A network is called as it is,
+so put it into evaluation mode first.
+"""
+
+import torch
+
+
+def project(x, x_original, threat):
+    """Nearest point of the ball around `x_original`, then of the pixel range."""
+    delta = x - x_original
+    if threat.norm == "linf":
+        delta = delta.clamp(-threat.epsilon, threat.epsilon)
+    else:
+        delta = delta * (threat.epsilon / _l2(delta).clamp_min(1e-12)).clamp_max(1)
+    return (x_original + delta).clamp(threat.low, threat.high)
+
+
+def _l2(delta):
+    return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.dim() - 1))
+
+
+def cross_entropy(logits, y):
+    """Per-image cross-entropy, shape (n,); y integers (n,) or distributions (n, C)."""
+    return torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+
+def mse(logits, y):
+    """Per-image squared error |y - logits|^2 / 2, shape (n,) (paper Eq. 6), of label vectors y."""
+    return ((logits - y) ** 2).sum(1) / 2
+
+
+LOSSES = {"cross-entropy": cross_entropy, "mse": mse}
+
+
+def input_gradient(net, x, y, *, loss="cross-entropy"):
+    """(losses (n,), d loss / dx of the shape of x, logits) of the images x."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = net(x)
+        losses = LOSSES[loss](logits, y)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+    return losses.detach(), gradient, logits.detach()
+
+
+def fgsm(net, x, y, *, threat, loss="cross-entropy"):
+    """Fast gradient sign method: one PGD step of length epsilon (Goodfellow et al. 2015)."""
+    return pgd(net, x, y, threat=threat, n_steps=1, step_size=threat.epsilon, loss=loss)
+
+
+def pgd(
+    net, x, y, *, threat, n_steps, step_size, loss="cross-entropy", n_restarts=1, generator=None
+):
+    """Projected gradient ascent on the loss (paper Eq. 8; Madry et al. 2018), as `attacks.pgd`.
+
+    Args:
+      net: images (n, C, H, W) to logits, each row a function of its own image only.
+      x: clean images in [threat.low, threat.high]; y: integers (n,) or distributions (n, C).
+      threat: an `attacks.Threat`.
+      n_steps, step_size: step_size in pixel units.
+      loss: 'cross-entropy' or 'mse', the loss that is maximised.
+      n_restarts: keeps, per image, the run with a wrong prediction, else the largest loss.
+      generator: a torch generator for random starts; None starts from the image itself.
+
+    Returns:
+      Attacked images, shape of x, without gradient.
+
+    Raises:
+      ValueError: bad numbers, restarts without a generator.
+    """
+    if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
+        raise ValueError(
+            "expected n_steps >= 0, step_size >= 0 and n_restarts >= 1, got "
+            f"{n_steps}, {step_size}, {n_restarts}; pass for example 10, 0.1, 1"
+        )
+    if loss not in LOSSES:
+        raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
+    if n_restarts > 1 and generator is None:
+        raise ValueError("expected a generator for random restarts, got None; pass a torch one")
+    best = None
+    for _ in range(n_restarts):
+        attacked = x if generator is None else _random_start(x, threat, generator)
+        for _ in range(n_steps):
+            _, gradient, _ = input_gradient(net, attacked, y, loss=loss)
+            if threat.norm == "linf":
+                direction = gradient.sign()
+            else:
+                direction = gradient / _l2(gradient).clamp_min(torch.finfo(x.dtype).tiny)
+            attacked = project(attacked + step_size * direction, x, threat)
+        if n_restarts == 1:
+            return attacked
+        best = _worse(net, attacked, y, loss, best)
+    return best[0]
+
+
+def _worse(net, attacked, y, loss, best):
+    """Per image the worse of `attacked` and `best`, as (images, wrong, loss)."""
+    with torch.no_grad():
+        logits = net(attacked)
+        value = LOSSES[loss](logits, y)
+        wrong = logits.argmax(1) != (y if y.dim() == 1 else y.argmax(1))
+    if best is None:
+        return attacked, wrong, value
+    better = (wrong & ~best[1]) | ((wrong == best[1]) & (value > best[2]))
+    mask = better.view(-1, *[1] * (attacked.dim() - 1))
+    return (
+        torch.where(mask, attacked, best[0]),
+        torch.where(better, wrong, best[1]),
+        torch.where(better, value, best[2]),
+    )
+
+
+def _random_start(x, threat, generator):
+    """Uniform in the ball, then in the pixel range."""
+
+    def draw(function, shape):
+        return function(shape, generator=generator, dtype=x.dtype).to(x.device)
+
+    if threat.norm == "linf":
+        noise = threat.epsilon * (2 * draw(torch.rand, x.shape) - 1)
+    else:
+        noise = draw(torch.randn, x.shape)
+        radius = draw(torch.rand, (len(x), *[1] * (x.dim() - 1)))
+        noise = threat.epsilon * radius ** (1 / x[0].numel()) * noise / _l2(noise)
+    return project(x + noise, x, threat)
+
+
+def distance(x, x_original, norm):
+    """Per-image distance in the given norm, shape (n,) (`attacks.distance`)."""
+    delta = (x - x_original).flatten(1)
+    return delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)

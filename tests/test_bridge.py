@@ -1,0 +1,62 @@
+"""A kernel machine as a torch module: JAX's values and gradients, whatever the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from advkip import attacks, bridge, data, kernels, krr, nets, torch_attacks
+
+
+@pytest.fixture(scope="module")
+def case():
+    d = data.load("digits")
+    x, labels = jnp.asarray(d.x_train[:150]), data.one_hot(d.y_train[:150], 10, center=True)
+    machine = krr.fit(kernels.by_name("fc3"), x, labels).machine
+    return machine, d.x_test[:70], d.y_test[:70]
+
+
+@pytest.mark.parametrize("n", [1, 2, 33, 70])
+def test_values_and_gradients_equal_jax(case, n):
+    machine, x, y = case
+    net = bridge.KernelNet(machine, batch_size=32)
+    _, gradient, logits = torch_attacks.input_gradient(
+        net, nets.to_tensor(x[:n]), torch.as_tensor(y[:n])
+    )
+    np.testing.assert_allclose(logits, machine(jnp.asarray(x[:n])), rtol=1e-4, atol=1e-5)
+
+    def loss(x):
+        return attacks.cross_entropy(machine(x), jax.nn.one_hot(y[:n], 10, dtype=x.dtype)).sum()
+
+    expected = np.asarray(jax.grad(loss)(jnp.asarray(x[:n])))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(nets.to_array(gradient), expected, atol=1e-5 * scale)
+
+
+def test_pgd_through_the_bridge_is_pgd_in_jax(case):
+    machine, x, y = case
+    threat = attacks.Threat("linf", 0.15)
+    settings = {"threat": threat, "n_steps": 5, "step_size": 0.04}
+    ours = attacks.pgd(machine, x, y, **settings)
+    net = bridge.KernelNet(machine)
+    theirs = torch_attacks.pgd(net, nets.to_tensor(x), torch.as_tensor(y), **settings)
+    # A gradient that is almost 0 may have either sign: a few pixels differ by whole steps.
+    differ = np.abs(nets.to_array(theirs) - np.asarray(ours)) > 1e-5
+    assert differ.mean() < 1e-3
+
+
+def test_double_precision_machines_take_single_precision_images(case):
+    machine, x, _ = case
+    double = krr.fit(
+        machine.kernel, jnp.asarray(machine.x_support, "float64"),
+        jnp.asarray(data.one_hot(np.arange(150) % 10, 10), "float64"),
+    ).machine  # fmt: skip
+    net = bridge.KernelNet(double)
+    images = nets.to_tensor(x[:5]).requires_grad_()
+    found = net(images)
+    assert found.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    assert gradient.dtype == torch.float32
+    assert gradient.shape == images.shape
+    np.testing.assert_allclose(found.detach(), double(jnp.asarray(x[:5], "float64")), rtol=1e-4)

@@ -1,0 +1,78 @@
+"""Architectures as the paper has them; weights from the seed alone."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from advkip import nets
+
+SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["fc1-16", "fc3-1024", "simple-cnn", "alexnet", "vgg11"])
+def test_logits_for_every_size(rng, name, shape):
+    net = nets.build(name, shape=shape, n_classes=7, seed=0).eval()
+    x = nets.to_tensor(rng.random((3, *shape)))
+    assert x.shape == (3, shape[2], *shape[:2])
+    with torch.no_grad():
+        logits = net(x)
+        assert logits.shape == (3, 7)
+        torch.testing.assert_close(net(x[1:2]), logits[1:2], atol=1e-4, rtol=1e-4)
+
+
+def test_images_to_tensors_and_back(rng):
+    x = rng.random((4, 5, 7, 3)).astype("float32")
+    tensor = nets.to_tensor(x)
+    assert tensor.shape == (4, 3, 5, 7)
+    assert tensor[1, 2, 3, 4] == x[1, 3, 4, 2]
+    np.testing.assert_array_equal(nets.to_array(tensor), x)
+    assert nets.to_tensor(x, like=torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+def parameters(name, shape):
+    net = nets.build(name, shape=shape, n_classes=10, seed=0)
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts():
+    assert parameters("fc3-1024", (28, 28, 1)) == 785 * 1024 + 2 * 1025 * 1024 + 1025 * 10
+    conv = (9 * 3 + 1) * 64 + 2 * (9 * 64 + 1) * 64
+    assert parameters("simple-cnn", (32, 32, 3)) == conv + (64 * 4 * 4 + 1) * 10
+    vgg = sum(
+        (9 * a + 1) * b + 2 * b
+        for a, b in ((3, 64), (64, 128), (128, 256), (256, 256), (256, 512), *[(512, 512)] * 3)
+    )
+    assert parameters("vgg11", (32, 32, 3)) == vgg + 513 * 10
+    pairs = ((3, 64), (64, 192), (192, 384), (384, 256), (256, 256))
+    linear = (1024 + 1) * 4096 + 4097 * 4096 + 4097 * 10
+    assert parameters("alexnet", (32, 32, 3)) == sum((9 * a + 1) * b for a, b in pairs) + linear
+
+
+def test_simple_cnn_is_the_papers():
+    net = nets.build("simple-cnn", shape=(32, 32, 3), n_classes=10, seed=0)
+    block = [nn.Conv2d, nn.ReLU, nn.MaxPool2d]
+    assert [type(layer) for layer in net] == block * 3 + [nn.Flatten, nn.Linear]
+    for conv, pool in zip(net[0:9:3], net[2:9:3], strict=True):
+        assert (conv.out_channels, conv.kernel_size, conv.stride) == (64, (3, 3), (1, 1))
+        assert (pool.kernel_size, pool.stride) == (2, 2)
+
+
+def test_weights_derive_from_the_seed_alone():
+    def weights(seed):
+        return nets.build("simple-cnn", shape=(8, 8, 1), n_classes=10, seed=seed)[0].weight
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = weights(0)
+    torch.testing.assert_close(torch.random.get_rng_state(), state)  # nothing else is disturbed
+    torch.manual_seed(6)
+    torch.testing.assert_close(weights(0), first)
+    assert not torch.equal(weights(1), first)
+
+
+def test_bad_input():
+    for name in ("fc0-10", "resnet18", "fc3", "cnn"):
+        with pytest.raises(ValueError, match="expected a network in"):
+            nets.build(name, shape=(8, 8, 1), n_classes=10, seed=0)

@@ -1,0 +1,140 @@
+"""FGSM and PGD on torch networks: against closed forms, the JAX twins and cleverhans."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
+from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
+
+from advkip import attacks, torch_attacks
+
+LINF, L2 = attacks.Threat("linf", 0.1), attacks.Threat("l2", 0.7)
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(48, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)
+        ).eval()
+    x = torch.rand(20, 3, 4, 4, generator=generator)
+    return net, x, net(x).argmax(1).detach()
+
+
+def linear_case(dtype=torch.float32):
+    """Two classes, logits (0, w x): the margin of class 0 is -w x."""
+    generator = torch.Generator().manual_seed(1)
+    w = torch.randn(12, generator=generator, dtype=dtype)
+    x = 0.5 + 0.02 * torch.randn(6, 3, 2, 2, generator=generator, dtype=dtype)
+
+    def net(x):
+        score = x.flatten(1) @ w
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+    return net, w, x, torch.zeros(6, dtype=torch.long)
+
+
+def test_linear_model_reaches_the_closed_form():
+    """Away from the pixel range's border the optimum is epsilon sign(w), or epsilon w / |w|."""
+    net, w, x, y = linear_case()
+    shaped = w.view(1, 3, 2, 2)
+    best = {"linf": 0.1 * shaped.sign(), "l2": 0.3 * shaped / w.norm()}
+    for threat in (LINF, attacks.Threat("l2", 0.3)):
+        # From a random start on the sphere the angle to w shrinks by about a fifth each step.
+        for n_steps, restarts, seed in ((5, 1, None), (60, 1, 2), (60, 3, 2)):
+            found = torch_attacks.pgd(
+                net, x, y, threat=threat, n_steps=n_steps, step_size=threat.epsilon / 4,
+                n_restarts=restarts,
+                generator=None if seed is None else torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            torch.testing.assert_close(found - x, best[threat.norm].expand_as(x), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch_attacks.fgsm(net, x, y, threat=LINF), x + best["linf"], atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+def test_equal_to_cleverhans(case, threat):
+    net, x, y = case
+    norm = np.inf if threat.norm == "linf" else 2
+    ours = torch_attacks.fgsm(net, x, y, threat=threat)
+    theirs = fast_gradient_method(
+        net, x, threat.epsilon, norm, clip_min=0, clip_max=1, y=y, sanity_checks=False
+    )
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=0)
+    if threat.norm == "l2":
+        # Theirs clips to the range before it projects onto the ball, so keep away from the range.
+        x, threat = 0.4 + 0.2 * x, attacks.Threat("l2", 0.3)
+    ours = torch_attacks.pgd(net, x, y, threat=threat, n_steps=8, step_size=threat.epsilon / 3)
+    theirs = projected_gradient_descent(
+        net, x, threat.epsilon, threat.epsilon / 3, 8, norm, clip_min=0, clip_max=1, y=y,
+        rand_init=False, sanity_checks=False,
+    )  # fmt: skip
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
+def test_equal_to_the_jax_twin(threat, loss):
+    net, w, x, _ = linear_case(torch.float64)
+    y = torch.tensor([[0.7, 0.3]] * 6, dtype=torch.float64)
+
+    def twin(x):
+        score = x.reshape(len(x), -1) @ jnp.asarray(w)
+        return jnp.stack([0 * score, score], 1)
+
+    settings = {"threat": threat, "n_steps": 5, "step_size": threat.epsilon / 3, "loss": loss}
+    ours = torch_attacks.pgd(net, x, y, **settings)
+    expected = attacks.pgd(twin, jnp.asarray(x), jnp.asarray(y), **settings)
+    np.testing.assert_allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+def test_stays_in_the_ball_and_the_range(case, threat):
+    net, x, y = case
+    generator = torch.Generator().manual_seed(3)
+    attacked = torch_attacks.pgd(
+        net, x, y, threat=threat, n_steps=6, step_size=threat.epsilon, n_restarts=2,
+        generator=generator,
+    )  # fmt: skip
+    assert torch_attacks.distance(attacked, x, threat.norm).max() <= threat.epsilon + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    assert not attacked.requires_grad
+    same = torch_attacks.pgd(
+        net, x, y, threat=attacks.Threat(threat.norm, 0.0), n_steps=3, step_size=0.1
+    )
+    torch.testing.assert_close(same, x)
+
+
+def test_restarts_keep_the_worst_and_not_the_last(case):
+    net, x, _ = case
+    y = torch.arange(20) % 4
+    settings = {"threat": LINF, "n_steps": 2, "step_size": 0.03}
+
+    def losses(n_restarts):
+        attacked = torch_attacks.pgd(
+            net, x, y, n_restarts=n_restarts, generator=torch.Generator().manual_seed(4), **settings
+        )
+        logits = net(attacked).detach()
+        return logits.argmax(1) != y, torch_attacks.cross_entropy(logits, y)
+
+    before = losses(2)
+    for n_restarts in (4, 8):
+        wrong, value = losses(n_restarts)  # the first restarts are the same
+        assert (wrong >= before[0]).all()
+        assert (value >= before[1])[wrong == before[0]].all()
+        before = wrong, value
+
+
+def test_bad_input(case):
+    net, x, y = case
+    with pytest.raises(ValueError, match="expected n_steps >= 0"):
+        torch_attacks.pgd(net, x, y, threat=LINF, n_steps=-1, step_size=0.1)
+    with pytest.raises(ValueError, match="expected loss in"):
+        torch_attacks.pgd(net, x, y, threat=LINF, n_steps=1, step_size=0.1, loss="hinge")
+    with pytest.raises(ValueError, match="expected a generator for random restarts"):
+        torch_attacks.pgd(net, x, y, threat=LINF, n_steps=1, step_size=0.1, n_restarts=2)

@@ -1,0 +1,236 @@
+"""Plain and adversarial training on digits: it learns, repeats, resumes, and keeps the best."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from advkip import data, nets, torch_attacks, training
+from advkip.attacks import Threat
+
+RECIPE = training.Recipe(
+    epochs=6, learning_rate=3e-3, threat=Threat("linf", 0.15), step_size=0.05, batch_size=32,
+    eval_every=2, eval_pgd_steps=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    d = data.load("digits")
+    return {
+        "x": d.x_train[:400], "y": data.one_hot(d.y_train[:400], 10),
+        "watched": training.Watched(
+            d.x_train[400:500], d.y_train[400:500], d.x_test[:80], d.y_test[:80]
+        ),
+    }  # fmt: skip
+
+
+def run(digits, *, name="fc1-64", seed=0, recipe=RECIPE, checkpoint_dir=None, **changes):
+    net = nets.build(name, shape=(8, 8, 1), n_classes=10, seed=seed)
+    given = {**digits, **{k: v for k, v in changes.items() if k in digits}}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in changes.items() if k not in digits})
+    return training.train(
+        net, given["x"], given["y"], recipe=recipe, seed=seed, watched=given["watched"],
+        checkpoint_dir=checkpoint_dir, progress=False,
+    )  # fmt: skip
+
+
+def weights(result):
+    return torch.cat([p.detach().flatten() for p in result.net.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "target"),
+    [
+        ("fc2-64", "mse", "labels"), ("simple-cnn", "cross-entropy", "argmax"),
+        ("fc2-64", "cross-entropy", "softmax"), ("fc2-64", "mse", "argmax"),
+    ],
+)  # fmt: skip
+def test_overfits_a_tiny_set(digits, name, loss, target):
+    x, y = digits["x"][:20], digits["y"][:20] * 8
+    result = run(
+        digits, name=name, x=x, y=y, loss=loss, target=target, epochs=150, eval_every=150,
+        batch_size=0,
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = result.net(nets.to_tensor(x))
+    assert (logits.argmax(1).numpy() == y.argmax(1)).all()
+    if loss == "mse":  # the label vectors themselves are fitted
+        wanted = y if target == "labels" else y / 8
+        np.testing.assert_allclose(logits, wanted, atol=0.5)
+    elif target == "softmax":
+        expected = torch.as_tensor(y).softmax(1)
+        torch.testing.assert_close(logits.softmax(1), expected, atol=0.05, rtol=0)
+
+
+def test_adversarial_training_beats_plain_training_under_pgd(digits):
+    plain = run(digits, name="simple-cnn", epochs=16, eval_every=4)
+    robust = run(digits, name="simple-cnn", epochs=16, eval_every=4, adversarial_steps=5)
+    assert plain.history[-1]["clean"] > 0.8
+    assert robust.score > plain.score + 0.15
+    assert robust.history[-1]["test_pgd"] > plain.history[-1]["test_pgd"] + 0.15
+
+
+def test_warmup_grows_the_radius_to_the_threats(digits, monkeypatch):
+    seen, plain = [], torch_attacks.pgd
+
+    def pgd(net, x, y, *, threat, step_size, generator=None, **options):
+        if generator is not None:
+            seen.append((threat.epsilon, step_size))
+        return plain(net, x, y, threat=threat, step_size=step_size, generator=generator, **options)
+
+    monkeypatch.setattr(torch_attacks, "pgd", pgd)
+    run(digits, epochs=3, eval_every=3, adversarial_steps=1, adversarial_warmup=2)
+    radii = np.array(seen)[:, 0]
+    assert len(radii) == 3 * 13
+    np.testing.assert_allclose(radii[:26], 0.15 * np.arange(1, 27) / 26, rtol=1e-6)
+    assert (radii[26:] == 0.15).all()
+    np.testing.assert_allclose(np.array(seen)[:, 1] / radii, 0.05 / 0.15)
+
+
+def test_history(digits):
+    result = run(digits)
+    assert [line["epoch"] for line in result.history] == [2, 4, 6]
+    for line in result.history:
+        assert line["clean"] >= line["fgsm"] >= line["pgd"] >= 0
+        assert line["test_clean"] >= line["test_fgsm"] >= line["test_pgd"] >= 0
+        assert line["loss_wrong"] > line["loss_right"] > 0
+        assert line["gradient_wrong"] > 0
+        assert line["gradient_right"] > 0
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+def test_the_best_weights_are_kept(digits):
+    result = run(digits, epochs=12, eval_every=1)
+    clean = max(line["clean"] for line in result.history)
+    near = [line for line in result.history if line["clean"] >= clean - training.CLEAN_MARGIN]
+    best = max(near, key=lambda line: (line["pgd"], line["clean"]))
+    assert (result.epoch, result.score) == (best["epoch"], best["pgd"])
+    x = nets.to_tensor(digits["watched"].x_validation)
+    y = torch.as_tensor(digits["watched"].y_validation)
+    found = training.look(result.net, x, y, RECIPE)
+    assert (found["clean"], found["pgd"]) == (best["clean"], best["pgd"])
+    assert not result.net.training
+
+
+def test_weights_that_have_learned_nothing_are_not_kept(digits, monkeypatch):
+    """Planted: a constant prediction that no attack changes, before a real, undefended network."""
+    lines = iter([(0.2, 0.2), (0.85, 0.05), (0.9, 0.1), (0.7, 0.3), (0.95, 0.0)])
+
+    def look(*arguments):
+        clean, pgd = next(lines)
+        return {"clean": clean, "fgsm": pgd, "pgd": pgd}
+
+    monkeypatch.setattr(training, "look", look)
+    watched = training.Watched(digits["x"][:5], digits["y"][:5].argmax(1))
+    result = run(digits, epochs=5, eval_every=1, watched=watched)
+    assert (result.epoch, result.score, result.clean) == (3, 0.1, 0.9)
+
+
+def test_patience_stops(digits):
+    result = run(digits, epochs=500, eval_every=1, patience=3, learning_rate=1e-7)
+    assert result.stopped == "patience"
+    assert result.history[-1]["epoch"] == result.epoch + 3
+
+
+def test_same_seed_same_weights(digits):
+    first = weights(run(digits, adversarial_steps=2))
+    assert torch.equal(weights(run(digits, adversarial_steps=2)), first)
+    assert not torch.equal(weights(run(digits, adversarial_steps=2, seed=1)), first)
+
+
+def test_dropout_derives_from_the_seed(digits):
+    settings = {"name": "alexnet", "x": digits["x"][:32], "y": digits["y"][:32], "epochs": 1}
+    torch.manual_seed(1)
+    first = run(digits, eval_every=1, **settings).history[0]["loss"]
+    torch.manual_seed(2)
+    assert run(digits, eval_every=1, **settings).history[0]["loss"] == first
+
+
+@pytest.mark.parametrize("name", ["fc1-64", "vgg11"])
+def test_resumed_equals_uninterrupted(digits, tmp_path, name):
+    settings = {"name": name, "adversarial_steps": 1, "milestones": (3,), "optimizer": "sgd"}
+    if name == "vgg11":
+        settings |= {"x": digits["x"][:64], "y": digits["y"][:64], "epochs": 3, "eval_every": 1}
+    whole = run(digits, **settings)
+    run(digits, checkpoint_dir=tmp_path, **{**settings, "epochs": 2})
+    resumed = run(digits, checkpoint_dir=tmp_path, **settings)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert [{**line, "seconds": 0} for line in resumed.history] == [
+        {**line, "seconds": 0} for line in whole.history
+    ]
+
+
+def test_a_finished_training_is_not_repeated_and_another_one_is(digits, tmp_path, monkeypatch):
+    first = run(digits, checkpoint_dir=tmp_path, epochs=2)
+    watched = training.Watched(digits["x"][:50], digits["y"][:50].argmax(1))
+    others = (
+        {"learning_rate": 1e-3}, {"seed": 1}, {"x": digits["x"] * 0.5}, {"name": "fc1-32"},
+        {"watched": watched},
+    )  # fmt: skip
+    for change in others:
+        run(digits, checkpoint_dir=tmp_path, epochs=2, **change)
+    assert len(list(tmp_path.glob("checkpoint-net-*.pt"))) == 1 + len(others)
+
+    def trained_again(self):
+        raise AssertionError("expected no further epoch")
+
+    monkeypatch.setattr(training._Run, "advance", trained_again)
+    again = run(digits, checkpoint_dir=tmp_path, epochs=2)
+    assert torch.equal(weights(again), weights(first))
+    assert again.history == first.history
+    with pytest.raises(ValueError, match="expected a checkpoint of at most 1 epochs, got 2"):
+        run(digits, checkpoint_dir=tmp_path, epochs=1)
+
+
+def test_a_damaged_checkpoint_is_refused(digits, tmp_path):
+    run(digits, checkpoint_dir=tmp_path, epochs=2)
+    (path,) = tmp_path.glob("*.pt")
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="expected a checkpoint in .* delete the file"):
+        run(digits, checkpoint_dir=tmp_path)
+
+
+def test_search_chooses_on_validation_and_repeats_for_seeds(digits):
+    found = training.search(
+        "fc1-64", digits["x"], digits["y"], recipe=dataclasses.replace(RECIPE, epochs=4),
+        learning_rates=[1e-6, 3e-3, 1e20], watched=digits["watched"], seeds=[4, 5],
+        progress=False,
+    )  # fmt: skip
+    assert found.learning_rate == 3e-3  # 1e-6 has learned nothing
+    assert list(found.runs) == [1e-6, 3e-3, 1e20]
+    assert found.runs[1e20].stopped == "diverged"
+    assert found.runs[3e-3] is found.best[0]
+    assert len(found.best) == 2
+    assert not torch.equal(weights(found.best[0]), weights(found.best[1]))
+
+
+def test_search_without_a_rate_that_works(digits):
+    with pytest.raises(FloatingPointError, match="with a finite loss, got none"):
+        training.search(
+            "fc1-64", digits["x"], digits["y"], recipe=RECIPE, learning_rates=[1e20],
+            watched=digits["watched"], seeds=[0], progress=False,
+        )  # fmt: skip
+
+
+def test_milestones_divide_the_learning_rate(digits):
+    slow = run(digits, milestones=(2,), epochs=4, eval_every=2)
+    fast = run(digits, epochs=4, eval_every=2)
+    assert slow.history[0]["loss"] == fast.history[0]["loss"]
+    assert slow.history[1]["loss"] > fast.history[1]["loss"]
+
+
+def test_bad_input(digits):
+    with pytest.raises(ValueError, match="expected target 'labels', 'softmax' or 'argmax'"):
+        run(digits, target="hard")
+    with pytest.raises(ValueError, match="expected loss 'cross-entropy' or 'mse'"):
+        run(digits, loss="hinge")
+    with pytest.raises(ValueError, match="expected target 'softmax' or 'argmax' with cross-entr"):
+        run(digits, target="labels")
+    with pytest.raises(ValueError, match="expected y of 400 label vectors or integers"):
+        run(digits, y=digits["y"][:-1])
+    with pytest.raises(ValueError, match=r"pass data.one_hot\(y, n_classes\)"):
+        run(digits, y=digits["y"].argmax(1), loss="mse", target="labels")
+    with pytest.raises(FloatingPointError, match="pass a smaller learning_rate"):
+        run(digits, learning_rate=1e30, optimizer="sgd", loss="mse", target="labels")
