@@ -177,9 +177,9 @@ def _plan(name, x, threat, step_size, threat_l2, step_size_l2):
         )
     if base.startswith("pgd") and step_size is None:
         raise ValueError(f"expected step_size_l2 for {name!r}, got None; pass one in pixel units")
-    if base.startswith("pgd") and not 0 < step_size <= 2 * threat.epsilon:
+    if base.startswith("pgd") and not 0 <= step_size <= 2 * threat.epsilon:
         raise ValueError(
-            f"expected a step size in (0, {2 * threat.epsilon:g}] for {name!r} with radius "
+            f"expected a step size in [0, {2 * threat.epsilon:g}] for {name!r} with radius "
             f"{threat.epsilon:g}, got {step_size:g}; pass 2/255 for what is sometimes written 2"
         )
     return threat, step_size

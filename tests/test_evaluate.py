@@ -53,6 +53,11 @@ def test_l2_has_its_own_names(case):
     assert outcomes[-1].norm == "l2"
 
 
+def test_a_radius_of_zero_changes_nothing(case):
+    outcomes = measure(case, threat=attacks.Threat("linf", 0.0), step_size=0.0)
+    assert len({o.accuracy for o in outcomes}) == 1
+
+
 def test_everything_is_fooled_in_a_large_ball(case):
     assert measure(case, threat=attacks.Threat("linf", 0.6), step_size=0.1)[-1].accuracy < 0.02
 
@@ -321,7 +326,7 @@ def test_refused_models_and_numbers(net_case):
         measure(net_case, threat=attacks.Threat("l2", 128.0))
     with pytest.raises(ValueError, match="expected attacks of one l2 ball, got 'pgd5-l2'"):
         measure(net_case, threat=L2["threat_l2"], attack_names=["pgd5-l2"], **L2)
-    with pytest.raises(ValueError, match=r"expected a step size in \(0, 0.3\] for 'pgd5'"):
+    with pytest.raises(ValueError, match=r"expected a step size in \[0, 0.3\] for 'pgd5'"):
         measure(net_case, attack_names=["pgd5"], step_size=2.0)
     with pytest.raises(ValueError, match="expected threat_l2 for 'pgd5-l2'"):
         measure(net_case, attack_names=["pgd5-l2"])
