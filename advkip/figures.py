@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
@@ -34,6 +35,7 @@ def training_curves(histories, *, against="step", images="validation"):
             axis.plot(steps, values, color=colour, label=NAMES[key], marker=".")
         axis.set(title=title, ylim=(-2, 102))
         axis.set_xlabel("outer step" if against == "step" else against)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{images} accuracy (%)")
     axes[0].legend()
