@@ -48,7 +48,7 @@ net_learning_rates: list = [1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3]  # Adam; validation 
 net_epochs: int = 60  # at most
 net_loss: str = "mse"  # with "labels" as they are, or "cross-entropy" with "softmax" or "argmax"
 net_target: str = "labels"
-net_n_test: int = 100  # test images of the table; 0 means all
+net_n_test: int = 50  # test images of the table; 0 means all
 net_attacks: list = ["fgsm", "pgd20", "autoattack"]
 output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
 

@@ -47,7 +47,7 @@ net_learning_rates: list = [1.0e-3]  # Adam; validation images choose
 net_epochs: int = 60  # at most
 at_learning_rates: list = [2.0e-3]  # of adversarial training
 at_epochs: int = 20
-net_n_test: int = 100  # test images of the table; 0 means all
+net_n_test: int = 50  # test images of the table; 0 means all
 net_attacks: list = ["fgsm", "pgd20", "autoattack", "pgd20-l2"]
 output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
 

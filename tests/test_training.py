@@ -152,7 +152,7 @@ def test_dropout_derives_from_the_seed(digits):
 def test_resumed_equals_uninterrupted(digits, tmp_path, name):
     settings = {"name": name, "adversarial_steps": 1, "milestones": (3,), "optimizer": "sgd"}
     if name == "vgg11":
-        settings |= {"x": digits["x"][:64], "y": digits["y"][:64], "epochs": 3, "eval_every": 1}
+        settings |= {"x": digits["x"][:16], "y": digits["y"][:16], "epochs": 3, "eval_every": 1}
     whole = run(digits, **settings)
     run(digits, checkpoint_dir=tmp_path, **{**settings, "epochs": 2})
     resumed = run(digits, checkpoint_dir=tmp_path, **settings)
