@@ -120,13 +120,7 @@ def pgd(
     Raises:
       ValueError: bad numbers, images outside the range, restarts without a key.
     """
-    if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
-        raise ValueError(
-            "expected n_steps >= 0, step_size >= 0 and n_restarts >= 1, got "
-            f"{n_steps}, {step_size}, {n_restarts}; pass for example 10, 0.1, 1"
-        )
-    if loss not in LOSSES:
-        raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
+    check_numbers(n_steps, step_size, n_restarts, loss)
     if n_restarts > 1 and key is None:
         raise ValueError("expected a key for random restarts, got None; pass jax.random.key(seed)")
     x, y = everywhere(x), everywhere(y)
@@ -139,6 +133,17 @@ def pgd(
     check_images(x, threat)
     logits_fn = _as_pytree(logits_fn)
     return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
+
+
+def check_numbers(n_steps, step_size, n_restarts, loss):
+    """Raises ValueError unless these can be arguments of `pgd`, here or in `torch_attacks`."""
+    if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
+        raise ValueError(
+            "expected n_steps >= 0, step_size >= 0 and n_restarts >= 1, got "
+            f"{n_steps}, {step_size}, {n_restarts}; pass for example 10, 0.1, 1"
+        )
+    if loss not in LOSSES:
+        raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
 
 
 def check_images(x, threat):

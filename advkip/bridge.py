@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from advkip.attacks import in_batches
+from advkip.attacks import in_batches, predict
 from advkip.devices import everywhere, jit, over_rows
 from advkip.krr import rows_of_tile
 
@@ -42,7 +42,7 @@ class _Logits(torch.autograd.Function):
     def forward(context, x, net):
         context.save_for_backward(x)
         context.net = net
-        return _rows_of(net, _value, x).to(x.dtype)
+        return _rows_of(net, predict, x).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -53,13 +53,12 @@ class _Logits(torch.autograd.Function):
 
 
 def _rows_of(net, function, x, *rest):
-    """function(machine, NHWC images, *rest) as a tensor, in batches of few sizes."""
+    """function(machine, NHWC images, *rest, batch_size=) as a tensor, for batches of few sizes."""
     arrays = [_to_jax(a, net.machine.alpha.dtype) for a in (x.movedim(1, 3), *rest)]
     n, most = len(x), net.batch_size
     size = min(most, 1 << (n - 1).bit_length())
     arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-    found = in_batches(partial(function, net.machine), *map(everywhere, arrays), batch_size=size)
-    return _to_torch(found, x.device)[:n]
+    return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
 
 
 def _shares(tensor_device):
@@ -81,13 +80,14 @@ def _to_torch(array, tensor_device):
     return torch.from_numpy(np.array(array)).to(tensor_device)
 
 
-@jit
-def _value(machine, x):
-    return over_rows(lambda x, machine: machine(x), x, machine)
+def _pullback(machine, x, g, *, batch_size):
+    """Of logits' cotangents g (n, classes) to images x, in batches."""
+    arrays = everywhere(x), everywhere(g)
+    return in_batches(partial(_pull_batch, machine), *arrays, batch_size=batch_size)
 
 
 @jit
-def _pullback(machine, x, g):
+def _pull_batch(machine, x, g):
     def pull(rows, machine):
         x, g = rows
         return jax.vjp(machine, x)[1](g)[0]

@@ -177,10 +177,8 @@ class Experiment:
             check_in(key, LOSSES)
         for key in (
             "seed", "n_test", "pgd_steps", "block_size", "patience", "kip_patience", "n_original",
-            "cnn_epochs",
-            "net_batch_size", "net_weight_decay", "net_patience", "net_n_test", "at_epochs",
-            "at_warmup",
-            "at_weight_decay",
+            "cnn_epochs", "net_batch_size", "net_weight_decay", "net_patience", "net_n_test",
+            "at_epochs", "at_warmup", "at_weight_decay",
         ):  # fmt: skip
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
         for key in (

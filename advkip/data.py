@@ -96,7 +96,11 @@ def from_npz(path):
     Raises:
       ValueError: what is wrong with the file, and what was expected.
     """
-    arrays, settings = _read(path)
+    return _dataset(path, *_read(path))
+
+
+def _dataset(path, arrays, settings):
+    """A checked data set from what `_read` returned."""
     try:
         x_train, y_train = _checked(
             arrays["x_train"], arrays["y_train"], "train", in_range=not settings
@@ -137,8 +141,8 @@ def training_set(path, *, n_classes=0, center=False):
     Raises:
       ValueError: as `from_npz`.
     """
-    dataset = from_npz(path)
     arrays, settings = _read(path)
+    dataset = _dataset(path, arrays, settings)
     labels = arrays["y_train"]
     if not (labels.ndim == 2 and labels.shape[1] > 1):
         classes = max(n_classes, dataset.n_classes)

@@ -385,15 +385,16 @@ def _distilled_set(experiment, splits, dataset, folder):
     path = Path(experiment.distilled_set or Path(folder) / "adv-kip.npz")
     if not experiment.distilled_set and not _is_of(path, experiment):
         save(path, distill(experiment, splits, checkpoint_dir=folder), experiment, dataset)
-    name, (x, y, kernel) = data.training_set(
+    name, chosen = data.training_set(
         path, n_classes=splits.n_classes, center=experiment.center_labels
     )
-    if x.shape[1:] != splits.x_test.shape[1:] or y.shape[1] != splits.n_classes:
+    shape, n_classes = chosen.x.shape[1:], chosen.y.shape[1]
+    if shape != splits.x_test.shape[1:] or n_classes != splits.n_classes:
         raise ValueError(
             f"{path}: expected images {splits.x_test.shape[1:]} of {splits.n_classes} classes as "
-            f"in {experiment.dataset}, got {x.shape[1:]} of {y.shape[1]}; pass a set of that kind"
+            f"in {experiment.dataset}, got {shape} of {n_classes}; pass a set of that kind"
         )
-    return name, data.TrainingSet(x, y, kernel)
+    return name, chosen
 
 
 def _is_of(path, experiment):

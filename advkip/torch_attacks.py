@@ -6,6 +6,8 @@ so put it into evaluation mode first.
 
 import torch
 
+from advkip.attacks import check_numbers
+
 
 def project(x, x_original, threat):
     """Nearest point of the ball around `x_original`, then of the pixel range."""
@@ -69,13 +71,7 @@ def pgd(
     Raises:
       ValueError: bad numbers, restarts without a generator.
     """
-    if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
-        raise ValueError(
-            "expected n_steps >= 0, step_size >= 0 and n_restarts >= 1, got "
-            f"{n_steps}, {step_size}, {n_restarts}; pass for example 10, 0.1, 1"
-        )
-    if loss not in LOSSES:
-        raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
+    check_numbers(n_steps, step_size, n_restarts, loss)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     best = None

@@ -30,7 +30,7 @@ IMPORTS = {
     "kernels": {"config", "compat", "devices", "tiled"},
     "krr": {"devices"},
     "attacks": {"devices"},
-    "torch_attacks": set(),
+    "torch_attacks": {"attacks"},
     "bridge": {"devices", "krr", "attacks"},
     "nets": {"config", "data"},
     "recipe": {"attacks", "torch_attacks", "nets"},
