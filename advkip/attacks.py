@@ -135,15 +135,15 @@ def pgd(
     return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
 
 
-def check_numbers(n_steps, step_size, n_restarts, loss):
+def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES):
     """Raises ValueError unless these can be arguments of `pgd`, here or in `torch_attacks`."""
     if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
         raise ValueError(
             "expected n_steps >= 0, step_size >= 0 and n_restarts >= 1, got "
             f"{n_steps}, {step_size}, {n_restarts}; pass for example 10, 0.1, 1"
         )
-    if loss not in LOSSES:
-        raise ValueError(f"expected loss in {sorted(LOSSES)}, got {loss!r}; pass one of them")
+    if loss not in losses:
+        raise ValueError(f"expected loss in {sorted(losses)}, got {loss!r}; pass one of them")
 
 
 def check_images(x, threat):

@@ -4,6 +4,8 @@ Values and input gradients are computed by JAX, with the kernel's exact pullback
 arrays are shared; elsewhere they go through the host's memory.
 """
 
+import dataclasses
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -34,6 +36,16 @@ class KernelNet(torch.nn.Module):
     def forward(self, x):
         return _Logits.apply(x, self)
 
+    def in_float64(self):
+        """The same machine with its sums in double precision."""
+        with jax.enable_x64(True):
+            support, alpha = (
+                jnp.asarray(np.asarray(a), "float64")
+                for a in (self.machine.x_support, self.machine.alpha)
+            )
+            machine = dataclasses.replace(self.machine, x_support=support, alpha=alpha)
+        return KernelNet(machine, batch_size=self.batch_size)
+
 
 class _Logits(torch.autograd.Function):
     """The machine's logits; the backward pass is the pullback at the same images."""
@@ -54,11 +66,14 @@ class _Logits(torch.autograd.Function):
 
 def _rows_of(net, function, x, *rest):
     """function(machine, NHWC images, *rest, batch_size=) as a tensor, for batches of few sizes."""
-    arrays = [_to_jax(a, net.machine.alpha.dtype) for a in (x.movedim(1, 3), *rest)]
-    n, most = len(x), net.batch_size
-    size = min(most, 1 << (n - 1).bit_length())
-    arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-    return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
+    dtype = net.machine.alpha.dtype
+    # PyTorch may call backward passes in threads of its own, where JAX has its default precision.
+    with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
+        arrays = [_to_jax(a, dtype) for a in (x.movedim(1, 3), *rest)]
+        n, most = len(x), net.batch_size
+        size = min(most, 1 << (n - 1).bit_length())
+        arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
 
 
 def _shares(tensor_device):

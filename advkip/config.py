@@ -33,8 +33,15 @@ ATTACK = rf"(fgsm|pgd[1-9]\d*(x[1-9]\d*)?|autoattack|{'|'.join(ATTACK_PARTS)})(-
 LISTS = {tuple[kind, ...]: kind for kind in (str, int, float)}
 """Types of settings that are lists, and of what."""
 
-KERNEL_NOTEBOOKS = ("00_walkthrough", "01_kernels")
-"""Notebooks whose results do not depend on the settings of networks."""
+DIAGNOSED_SETS = ("original", "kip", "adv-kip", "robust-features")
+
+IGNORED_FROM = {
+    "00_walkthrough": "distilled_set",
+    "01_kernels": "distilled_set",
+    "02_transfer": "diagnosed_sets",
+    "03_cnns": "diagnosed_sets",
+}
+"""Notebook: the first of the settings that it does not depend on; the rest of the list follows."""
 
 OUTER_SETTINGS = ("notebooks", "data_dir", "block_size", "checkpoint_every")
 """Settings that no result depends on."""
@@ -134,6 +141,16 @@ class Experiment:
     at_warmup: int = 0  # epochs in which the radius grows to epsilon
     at_eval_every: int = 1
 
+    # Notebook 04: robust features (section 6, Table 8) and the diagnosis
+    diagnosed_sets: tuple[str, ...] = DIAGNOSED_SETS
+    at_nets: tuple[str, ...] = ("simple-cnn",)  # trained adversarially; the first makes features
+    robust_features: str = ""  # folder of CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
+    n_robust: int = 0  # images to make; 0 means n_support
+    robust_steps: int = 100  # of the inversion of each image
+    robust_step_size: float = 0.1  # l2 length of a step
+    n_diagnose: int = 100  # test images of a verdict
+    diagnose_kernels: bool = True  # the kernel machine of each set, too, under AutoAttack
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
@@ -163,6 +180,10 @@ class Experiment:
             "none, one or both",
         )  # fmt: skip
         check(
+            set(self.diagnosed_sets) <= set(DIAGNOSED_SETS), "diagnosed_sets",
+            f"a choice of {list(DIAGNOSED_SETS)}", "none or some",
+        )  # fmt: skip
+        check(
             re.fullmatch(r"\w[\w.-]*", self.dataset),
             "dataset", "to be a data set's name", "'mnist' for mnist.npz",
         )  # fmt: skip
@@ -178,18 +199,19 @@ class Experiment:
         for key in (
             "seed", "n_test", "pgd_steps", "block_size", "patience", "kip_patience", "n_original",
             "cnn_epochs", "net_batch_size", "net_weight_decay", "net_patience", "net_n_test",
-            "at_epochs", "at_warmup", "at_weight_decay",
+            "at_epochs", "at_warmup", "at_weight_decay", "n_robust",
         ):  # fmt: skip
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
         for key in (
             "n_validation", "n_support", "n_target", "eval_pgd_steps", "n_steps", "kip_steps",
             "eval_every", "checkpoint_every", "net_seeds", "net_epochs", "net_pgd_steps",
-            "net_eval_every", "n_watch", "at_pgd_steps", "at_eval_every",
+            "net_eval_every", "n_watch", "at_pgd_steps", "at_eval_every", "robust_steps",
+            "n_diagnose",
         ):  # fmt: skip
             check(getattr(self, key) >= 1, key, ">= 1", "1 or more")
         for key in (
             "W_std", "epsilon", "step_size", "learning_rate", "label_learning_rate",
-            "kip_learning_rate", "logit_scale", "epsilon_l2", "step_size_l2",
+            "kip_learning_rate", "logit_scale", "epsilon_l2", "step_size_l2", "robust_step_size",
         ):  # fmt: skip
             check(getattr(self, key) > 0, key, "> 0", "a positive number")
         for key in ("b_std", "diag_reg"):
@@ -197,6 +219,7 @@ class Experiment:
         for key, pattern, hint in (
             ("fc_nets", FC_NET, "for example ['fc3-1024']"),
             ("cnns", "|".join(CNNS), f"a choice of {list(CNNS)}"),
+            ("at_nets", "|".join((FC_NET, *CNNS)), f"a choice of {list(CNNS)} and 'fc3-1024'"),
             ("net_attacks", ATTACK, "for example ['fgsm', 'pgd40', 'autoattack']"),
         ):
             good = all(re.fullmatch(pattern, name) for name in getattr(self, key))
@@ -237,6 +260,15 @@ class Experiment:
             raise ValueError(
                 "expected pgd_steps >= 1 for the method 'adv-kip', got 0; pass methods ['kip'], "
                 "which is Algorithm 1 with no inner steps"
+            )
+        made = "robust-features" in params.get("diagnosed_sets", ()) and not params.get(
+            "robust_features"
+        )
+        if made and not (experiment.at_epochs and experiment.at_nets):
+            raise ValueError(
+                "expected adversarial training behind the robust features to make, got at_epochs = "
+                f"{experiment.at_epochs}, at_nets = {list(experiment.at_nets)}; pass both, "
+                "robust_features for a set that is there, or diagnosed_sets without it"
             )
         return experiment
 
@@ -300,7 +332,7 @@ class Experiment:
         rest = {
             *OUTER_SETTINGS, "name", "methods", "n_test", "n_steps",
             "kip_steps", "kip_learning_rate", "kip_loss", "kip_patience",
-            *net_settings(),
+            *ignored_settings("01_kernels"),
         }  # fmt: skip
         return {k: v for k, v in self.to_dict().items() if k not in rest}
 
@@ -310,16 +342,16 @@ class Experiment:
         changed = {k: v for k, v in self.distillation().items() if v != default[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
-    def same_results(self, settings, *, nets=True):
+    def same_results(self, settings, *notebooks):
         """Whether a record with these settings is of this experiment; new settings may be absent.
 
-        Without `nets`, the settings of networks do not count.
+        What one of `notebooks` does not depend on does not count.
 
         Raises:
           ValueError: settings that are not (or no longer) valid.
         """
         old, new = Experiment.from_params(settings).to_dict(), self.to_dict()
-        free = (*OUTER_SETTINGS, *(() if nets else net_settings()))
+        free = {*OUTER_SETTINGS}.union(*map(ignored_settings, notebooks))
         return all(old[key] == new[key] for key in new if key not in free)
 
 
@@ -328,10 +360,10 @@ def field_names():
     return [field.name for field in dataclasses.fields(Experiment)]
 
 
-def net_settings():
-    """Names of the settings that only networks depend on."""
+def ignored_settings(notebook):
+    """Names of the settings that a notebook's results do not depend on."""
     names = field_names()
-    return names[names.index("distilled_set") :]
+    return names[names.index(IGNORED_FROM[notebook]) :] if notebook in IGNORED_FROM else []
 
 
 def _typed(field, value):

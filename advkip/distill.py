@@ -6,7 +6,6 @@ for bit: target batches derive from the seed and the step's number, not from a r
 """
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 import advkip
-from advkip import attacks, data, kernels, krr
+from advkip import attacks, data, files, kernels, krr
 
 DIVERGED = 100
 """A run stops when its loss exceeds this many times the larger of 1 and its first loss."""
@@ -352,37 +351,43 @@ def save(path, distilled, experiment, dataset):
     )  # fmt: skip
 
 
-def training_sets(experiment, splits, dataset, folder):
-    """What networks are trained on, as `net_sets` asks.
+def training_sets(experiment, splits, dataset, folder, names=()):
+    """What networks are trained on: `names`, or what `net_sets` asks.
 
-    'distilled' is the experiment's `distilled_set` if it names a file, else `<folder>/adv-kip.npz`,
-    as notebook 01 leaves it there; it is distilled now if it is not there with the same settings.
-    'original' is a draw of `n_original` training images.
+    'distilled' or 'adv-kip' is the experiment's `distilled_set` if it names a file, else
+    `<folder>/adv-kip.npz`, and 'kip' is `<folder>/kip.npz`, as notebook 01 leaves them there; a set
+    is distilled now if it is not there with the same settings. 'original' is a draw of `n_original`
+    training images.
 
     Args:
       experiment, splits: as for `distill`.
       dataset: the `data.Dataset` behind the splits.
-      folder: of checkpoints and of adv-kip.npz.
+      folder: of checkpoints, adv-kip.npz and kip.npz.
+      names: of the sets, in order.
 
     Returns:
-      {name: `data.TrainingSet`}; the name of the first is 'adv-kip', 'kip' or the file's.
+      {name: `data.TrainingSet`}; 'distilled' becomes 'adv-kip', 'kip' or the file's name.
 
     Raises:
       ValueError: a file that is not such a set, or whose images or classes do not fit the splits.
     """
     sets = {}
-    if "distilled" in experiment.net_sets:
-        name, chosen = _distilled_set(experiment, splits, dataset, folder)
-        sets[name] = chosen
-    if "original" in experiment.net_sets:
-        sets["original"] = data.draw_original(
-            splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
-        )
+    for wanted in names or experiment.net_sets:
+        if wanted == "original":
+            sets[wanted] = data.draw_original(
+                splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
+            )
+            continue
+        kip = wanted == "kip"
+        settings = experiment.as_kip().replace(distilled_set="") if kip else experiment
+        name, chosen = _distilled_set(settings, splits, dataset, folder)
+        sets[name if wanted == "distilled" else wanted] = chosen
     return sets
 
 
 def _distilled_set(experiment, splits, dataset, folder):
-    path = Path(experiment.distilled_set or Path(folder) / "adv-kip.npz")
+    file = "adv-kip.npz" if experiment.pgd_steps else "kip.npz"
+    path = Path(experiment.distilled_set or Path(folder) / file)
     if not experiment.distilled_set and not _is_of(path, experiment):
         save(path, distill(experiment, splits, checkpoint_dir=folder), experiment, dataset)
     name, chosen = data.training_set(
@@ -410,8 +415,5 @@ def _is_of(path, experiment):
 def _write(path, **arrays):
     if jax.process_index():  # of several hosts, which all have the same arrays, the first writes
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with files.replacing(path) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, path)

@@ -18,7 +18,6 @@ run in JAX, AutoAttack through `bridge`.
 """
 
 import hashlib
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from advkip import attacks, bridge, krr, nets, torch_attacks
+from advkip import attacks, bridge, files, krr, nets, torch_attacks
 from advkip.config import ATTACK, ATTACK_PARTS
 
 TOLERANCE = 1e-5
@@ -93,8 +92,7 @@ def evaluate(
     plans = {"clean": (threat, None)}
     for name in attack_names:
         plans[name] = _plan(name, x, threat, step_size, threat_l2, step_size_l2)
-    kind = _Machine if isinstance(model, krr.KernelMachine) else _Network
-    wrapped = kind(model, seed, batch_size)
+    wrapped = wrap(model, seed=seed, batch_size=batch_size)
     size = wrapped.batch_size
     _check_logits(wrapped.logits(x[:size]), y)
     done = _Checkpoint(checkpoint_dir, wrapped, x, y)
@@ -132,6 +130,12 @@ def evaluate(
             )  # fmt: skip
     check_order(outcomes)
     return outcomes
+
+
+def wrap(model, *, seed=0, batch_size=0):
+    """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`."""
+    kind = _Machine if isinstance(model, krr.KernelMachine) else _Network
+    return kind(model, seed, batch_size)
 
 
 def check_order(outcomes):
@@ -365,8 +369,5 @@ class _Checkpoint:
     def put(self, key, right, kept):
         if self.path:
             self.arrays |= {f"right {key}": right, f"kept {key}": kept}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
+            with files.replacing(self.path) as file:
                 np.savez(file, **self.arrays)
-            os.replace(temporary, self.path)

@@ -173,6 +173,87 @@ def accuracy_against_epsilon(epsilons, accuracies):
     return figure
 
 
+def loss_and_gradient(histories):
+    """Figure 2: loss and input-gradient norm on watched test images while networks train.
+
+    Split into images that are read correctly and wrongly at the time; logarithmic, since both grow
+    and vanish over many orders of magnitude. A value of 0 is drawn at the lower edge.
+
+    Args:
+      histories: {title: history of `training.Trained`}.
+    """
+    figure, axes = plt.subplots(
+        2, len(histories), figsize=(5.2 * len(histories), 6.4), squeeze=False, sharey="row",
+        layout="constrained",
+    )  # fmt: skip
+    rows = (("loss", "mean cross-entropy"), ("gradient", r"mean $\|\nabla_x L\|_2$"))
+    for column, (title, history) in zip(axes.T, histories.items(), strict=True):
+        for axis, (key, label) in zip(column, rows, strict=True):
+            for part, name, colour in (
+                ("right", "read correctly", COLOURS["clean"]),
+                ("wrong", "read wrongly", COLOURS["pgd"]),
+            ):
+                lines = [line for line in history if line[f"{key}_{part}"] is not None]
+                axis.plot(
+                    [line["epoch"] for line in lines],
+                    [max(line[f"{key}_{part}"], 1e-45) for line in lines],
+                    color=colour, marker=".", label=f"images {name}",
+                )  # fmt: skip
+            axis.set_yscale("log")
+            axis.set(xlabel="epoch", ylabel=label)
+            axis.grid(alpha=0.3)
+        column[0].set_title(title)
+    axes[0, 0].legend()
+    return figure
+
+
+def evidence(diagnoses):
+    """What a verdict rests on: which attack breaks claimed images, and a growing ball.
+
+    Args:
+      diagnoses: {title: `diagnose.Diagnosis`}.
+    """
+    titles, found = list(diagnoses), list(diagnoses.values())
+    attacks = list(dict.fromkeys(name for one in found for name in one.broken))
+    shares = np.array([[one.broken.get(name, np.nan) for name in attacks] for one in found])
+    names = [f"{title}\n{one.verdict}" for title, one in diagnoses.items()]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(5 + 0.55 * len(attacks), 2.6 + 0.42 * len(titles)), layout="constrained",
+        width_ratios=(0.55 * len(attacks) + 1.5, 4.5),
+    )  # fmt: skip
+    left.imshow(100 * shares, cmap="Reds", vmin=0, vmax=100, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        if np.isfinite(share):
+            left.text(
+                column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
+                color="white" if share > 0.6 else "black",
+            )  # fmt: skip
+    left.set_xticks(range(len(attacks)), attacks, rotation=40, ha="right")
+    left.set_yticks(range(len(titles)), names)
+    left.set_title("claimed images that each attack breaks")
+    for title, one in diagnoses.items():
+        values = [100 * v for v in one.sweep.values()]
+        right.plot(list(one.sweep), values, marker=".", label=title)
+    right.set(xlabel="attack radius", ylabel="accuracy under PGD (%)", ylim=(-2, 102))
+    right.set_title("a growing ball")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    return figure
+
+
+def inverted_images(x_original, x_start, x_made):
+    """Robust features: the originals, what inversion starts from, and what it ends with."""
+    figure, axes = plt.subplots(3, len(x_made), figsize=(1.25 * len(x_made), 4), squeeze=False)
+    rows = {"original": x_original, "start": x_start, "made": x_made}
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            _image(axis, image)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+    figure.tight_layout()
+    return figure
+
+
 def _panels(count, **options):
     """A figure and `count` axes, three in a row."""
     columns = min(count, 3)

@@ -98,6 +98,29 @@ def _small_pools(layers):
 BUILDERS = {"simple-cnn": _simple_cnn, "alexnet": _alexnet, "vgg11": _vgg11}
 
 
+def representation(net, x):
+    """What goes into a network's last linear layer, shape (n, features), with its gradient.
+
+    Raises:
+      ValueError: no linear layer, or one that is not used.
+    """
+    layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError(
+            f"expected a network with a linear layer, got {type(net).__name__} without; pass one "
+            "of nets.build"
+        )
+    found = []
+    handle = layers[-1].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        net(x)
+    finally:
+        handle.remove()
+    if len(found) != 1:
+        raise ValueError(f"expected the last linear layer to be used once, got {len(found)} times")
+    return found[0].flatten(1)
+
+
 def device():
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

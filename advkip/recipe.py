@@ -6,8 +6,8 @@ import json
 import numpy as np
 import torch
 
-from advkip import torch_attacks
 from advkip.attacks import Threat
+from advkip.config import LOSSES
 from advkip.nets import device
 
 
@@ -55,7 +55,7 @@ class Recipe:
             raise ValueError(
                 f"expected target 'labels', 'softmax' or 'argmax', got {self.target!r}; pass one"
             )
-        if self.loss not in torch_attacks.LOSSES or self.optimizer not in ("adam", "sgd"):
+        if self.loss not in LOSSES or self.optimizer not in ("adam", "sgd"):
             raise ValueError(
                 "expected loss 'cross-entropy' or 'mse' and optimizer 'adam' or 'sgd', got "
                 f"{self.loss!r} and {self.optimizer!r}; pass one of each"

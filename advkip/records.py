@@ -4,7 +4,8 @@
 
     {"experiment": {all settings},
      "environment": {versions, commit, device, seconds},
-     "rows": [one measured accuracy each]}
+     "rows": [one measured accuracy each],
+     "diagnoses": [one `diagnose.Diagnosis` each, where there are]}
 """
 
 import importlib.metadata
@@ -18,7 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from advkip.config import KERNEL_NOTEBOOKS, OUTER_SETTINGS, net_settings
+from advkip import files
+from advkip.config import OUTER_SETTINGS, ignored_settings
 
 PACKAGES = (
     "jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "torchvision",
@@ -72,6 +74,13 @@ PAPER = (
         "clean": 44.35, "fgsm": 30.12, "pgd20": 24.41, "pgd20-l2": 16.68, "autoattack": 18.95}),
     ("7", "cifar10", "vgg11", 0, ADVERSARIAL, {
         "clean": 69.65, "fgsm": 31.30, "pgd20": 24.68, "pgd20-l2": 46.67, "autoattack": 23.85}),
+    # Which PGD column of Table 8 its readable figures stand in is uncertain.
+    ("8", "cifar10", "simple-cnn", 50000, "robust-features", {
+        "clean": (65.25, 0.44), "pgd20-l2": (60.73, 0.24)}),
+    ("8", "cifar10", "alexnet", 50000, "robust-features", {
+        "clean": (57.07, 1.25), "pgd20": (25.12, 5.46)}),
+    ("8", "cifar10", "vgg11", 50000, "robust-features", {
+        "clean": (68.41, 1.95), "pgd20": (42.92, 11.23)}),
     ("9", "mnist", "kernel:fc3", 5000, "kip", {"clean": (97.51, 0.03), "fgsm": (0.0, 0.0)}),
     ("9", "mnist", "kernel:fc7", 30000, "kip", {"clean": (98.23, 0.06), "fgsm": (0.0, 0.0)}),
     ("9", "cifar10", "kernel:fc3", 1000, "kip", {"clean": (48.45, 0.34), "fgsm": (2.5, 0.21)}),
@@ -100,48 +109,60 @@ class Recorder:
     def __init__(self, experiment, folder, notebook):
         self.experiment, self.notebook = experiment, notebook
         self.path = Path(folder) / "results.json"
-        self.rows = []
+        self.rows, self.diagnoses = [], []
         self._environment, self._began = environment(), time.time()
 
-    def add(self, outcomes, *, model, trained_on, training, **more):
-        """Adds one row for each `evaluate.Outcome`; `more` are further columns."""
+    def add(self, outcomes, *, model, trained_on, training, diagnosis=None, **more):
+        """Adds one row for each `evaluate.Outcome`; `more` are further columns.
+
+        A `diagnose.Diagnosis` of the same model is kept beside them.
+        """
+        same = {
+            "notebook": self.notebook, "model": model, "trained_on": trained_on,
+            "training": training, "n_test": len(outcomes[0].robust), "seed": self.experiment.seed,
+            **more,
+        }  # fmt: skip
         for o in outcomes:
             row = {
-                "notebook": self.notebook, "model": model, "trained_on": trained_on,
-                "training": training, "attack": o.attack, "norm": o.norm, "epsilon": o.epsilon,
-                "accuracy": o.accuracy, "n_test": len(o.robust), "seed": self.experiment.seed,
-                "accuracy_alone": o.accuracy_alone, **more,
+                "attack": o.attack, "norm": o.norm, "epsilon": o.epsilon, "accuracy": o.accuracy,
+                "accuracy_alone": o.accuracy_alone,
             }  # fmt: skip
-            self.rows.append(row)
+            self.rows.append(same | row)
+        if diagnosis:
+            self.diagnoses.append(same | diagnosis.to_dict())
 
     def _stays(self, notebook, settings):
         """Whether what `notebook` wrote with `settings` still belongs beside our own."""
-        nets = notebook not in KERNEL_NOTEBOOKS and self.notebook not in KERNEL_NOTEBOOKS
-        return notebook != self.notebook and self.experiment.same_results(settings, nets=nets)
+        same = self.experiment.same_results(settings, notebook, self.notebook)
+        return same and notebook != self.notebook
 
     def write(self):
         """Writes the file; rows that other notebooks wrote for the same settings stay."""
         settings = self.experiment.to_dict()
-        rows, seconds = [], {}
+        rows, diagnoses, seconds = [], [], {}
         if self.path.exists():
             old = read(self.path)
-            rows = [row for row in old["rows"] if self._stays(row["notebook"], old["experiment"])]
+            rows, diagnoses = (
+                [one for one in old.get(key, []) if self._stays(one["notebook"], old["experiment"])]
+                for key in ("rows", "diagnoses")
+            )
             seconds = old["environment"]["seconds"]
             seconds = {k: v for k, v in seconds.items() if self._stays(k, old["experiment"])}
-            if rows and self.notebook in KERNEL_NOTEBOOKS:
-                # It was given no settings of networks, so those of its neighbours hold.
-                settings |= {k: v for k, v in old["experiment"].items() if k in net_settings()}
+            if rows:
+                # This notebook was not given them, so those of its neighbours hold.
+                free = ignored_settings(self.notebook)
+                settings |= {k: v for k, v in old["experiment"].items() if k in free}
         seconds = {**seconds, self.notebook: round(time.time() - self._began, 1)}
         record = {
             "experiment": settings,
             "environment": {**self._environment, "seconds": seconds},
             "rows": rows + self.rows,
         }
+        if diagnoses or self.diagnoses:
+            record["diagnoses"] = diagnoses + self.diagnoses
         check(record)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        with files.replacing(self.path) as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
         return record
 
 
@@ -226,13 +247,18 @@ def table(records, *, tables=None, models=None):
     for record in records:
         e = record["experiment"]
         rest = {k: v for k, v in e.items() if k not in (*OUTER_SETTINGS, "name", "seed")}
-        for row in record["rows"]:
-            # The settings keep apart what only looks alike; they are not shown.
-            settings = json.dumps(rest, sort_keys=True)
+        # The settings keep apart what only looks alike; they are not shown.
+        settings = json.dumps(rest, sort_keys=True)
+
+        def line_of(row, e=e, settings=settings):
             n = row.get("n_train", e["n_support"])
             trained_on = _trained_on(row)
-            key = (e["dataset"], "ours", row["model"], n, trained_on, row["n_test"], settings)
-            lines[key][row["attack"]][row["seed"]] = 100 * row["accuracy"]
+            return lines[e["dataset"], "ours", row["model"], n, trained_on, row["n_test"], settings]
+
+        for row in record["rows"]:
+            line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
+        for found in record.get("diagnoses", ()):
+            line_of(found)["verdict"][found["seed"]] = _verdict(found)
     data_sets = list(dict.fromkeys(key[0] for key in lines))
     for number, data_set, model, n, trained_on, accuracies in PAPER:
         if data_set in data_sets and (tables is None or number in tables):
@@ -240,6 +266,39 @@ def table(records, *, tables=None, models=None):
             lines[data_set, source, model, n, trained_on, 0, ""] = accuracies
     shown = {k: v for k, v in lines.items() if models is None or re.fullmatch(models, k[2])}
     return "\n\n".join(_one_table(data_set, shown) for data_set in data_sets)
+
+
+def checks_table(diagnoses):
+    """Markdown: one line a check, one column a model; what fails is in bold.
+
+    Args:
+      diagnoses: {title: `diagnose.Diagnosis.to_dict()`, or the like in a record}.
+    """
+    titles, found = list(diagnoses), list(diagnoses.values())
+    checks = list(dict.fromkeys(c["name"] for one in found for c in one["checks"]))
+    lines = [["", *titles], ["---", *["---:"] * len(titles)]]
+    lines.append(["**verdict**", *(f"**{_verdict(one)}**" for one in found)])
+    for key, name in (
+        ("clean", "clean accuracy"), ("claimed", "claimed: under FGSM and PGD"),
+        ("strong", "left after every attack"),
+    ):  # fmt: skip
+        lines.append([name, *(f"{one[key]:.0%}" for one in found)])
+    for name in checks:
+        of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
+        limit = next(c["limit"] for c in of_models if c)
+        lines.append([f"{name} (at most {limit:.0%})", *map(_checked_cell, of_models)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _verdict(found):
+    """The verdict, and whether there was anything to judge."""
+    return found["verdict"] + ", nothing claimed" * (found["kept"] is None)
+
+
+def _checked_cell(check):
+    if check is None or check["value"] is None:
+        return "-"
+    return f"{check['value']:.0%}" if check["passed"] else f"**{check['value']:.0%}**"
 
 
 def _trained_on(row):
@@ -276,15 +335,20 @@ def _rank(attack):
     base = attack.removesuffix("-l2")
     steps = re.match(r"pgd(\d+)", base)
     kind = {"clean": 0, "fgsm": 1, "autoattack": 5}.get(base, 2 if steps else 4)
-    return attack.endswith("-l2"), kind, int(steps[1]) if steps else 0, attack
+    return attack == "verdict", attack.endswith("-l2"), kind, int(steps[1]) if steps else 0, attack
 
 
 def _cell(value):
-    """A percentage; (mean, std), or {seed: value} of several seeds, becomes mean +- std."""
+    """A percentage; (mean, std), or {seed: value} of several seeds, becomes mean +- std.
+
+    Of {seed: verdict}, the verdicts that occur.
+    """
     if value is None:
         return ""
     if isinstance(value, dict):
         values = list(value.values())
+        if isinstance(values[0], str):
+            return ", ".join(dict.fromkeys(values))
         value = (mean(values), stdev(values)) if len(values) > 1 else values[0]
     if isinstance(value, tuple):
         return f"{value[0]:.2f} ± {value[1]:.2f}"

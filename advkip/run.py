@@ -18,7 +18,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from advkip import records
-from advkip.config import KERNEL_NOTEBOOKS, Experiment, field_names, net_settings
+from advkip.config import Experiment, field_names, ignored_settings
 
 
 class NotebookError(RuntimeError):
@@ -163,13 +163,13 @@ def parameters_for(notebook, experiment, folder):
     parameters = {"output": _from_notebooks(folder)}
     if set(declared) & set(field_names()):
         default = Experiment().to_dict()
-        others = net_settings() if notebook in KERNEL_NOTEBOOKS else ()
+        others = ignored_settings(notebook)
         parameters |= {
             k: v
             for k, v in experiment.to_dict().items()
             if (k in declared or v != default[k]) and k not in (*others, "notebooks")
         }
-        for key in ("data_dir", "distilled_set"):
+        for key in ("data_dir", "distilled_set", "robust_features"):
             if parameters.get(key):
                 parameters[key] = _from_notebooks(Path(parameters[key]).expanduser())
     return parameters
@@ -186,9 +186,11 @@ def _check_folder(folder, experiment, force):
         # A run may go on with more steps.
         steps = {k: old[k] for k in ("n_steps", "kip_steps") if old[k] < getattr(experiment, k)}
         # Networks are trained anew when their settings change; nothing else depends on these.
-        if not experiment.replace(**steps).same_results(old, nets=False):
+        if not experiment.replace(**steps).same_results(old, "01_kernels"):
             new = experiment.to_dict()
-            changed = sorted(k for k in set(new) - set(net_settings()) if old.get(k) != new[k])
+            changed = sorted(
+                k for k in set(new) - set(ignored_settings("01_kernels")) if old.get(k) != new[k]
+            )
             raise ValueError(
                 f"expected {path} to be of the same settings, got other {changed}; pass "
                 "--set name=... for a folder of its own, or --force to replace it"
@@ -206,7 +208,7 @@ def _finished(executed, notebook, parameters):
 
     try:
         experiment = Experiment.from_params(settings(parameters))
-        same = experiment.same_results(settings(old), nets=notebook not in KERNEL_NOTEBOOKS)
+        same = experiment.same_results(settings(old), notebook)
     except ValueError:  # settings of an older version
         return False
     outer = [{k: v for k, v in p.items() if k not in field_names()} for p in (old, parameters)]

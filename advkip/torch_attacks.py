@@ -33,7 +33,23 @@ def mse(logits, y):
     return ((logits - y) ** 2).sum(1) / 2
 
 
-LOSSES = {"cross-entropy": cross_entropy, "mse": mse}
+def margin(logits, y):
+    """Largest wrong logit minus the right one, shape (n,); y integers (n,). Positive: fooled.
+
+    It cannot saturate as the cross-entropy does (Carlini and Wagner 2017).
+    """
+    right = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
+
+
+def dlr(logits, y):
+    """Difference of logits ratio, shape (n,): `margin` over the gap from the largest to the third
+    logit, so that no factor of the logits changes it (Croce and Hein 2020). 3 classes or more."""
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+LOSSES = {"cross-entropy": cross_entropy, "mse": mse, "margin": margin, "dlr": dlr}
 
 
 def input_gradient(net, x, y, *, loss="cross-entropy"):
@@ -61,7 +77,7 @@ def pgd(
       x: clean images in [threat.low, threat.high]; y: integers (n,) or distributions (n, C).
       threat: an `attacks.Threat`.
       n_steps, step_size: step_size in pixel units.
-      loss: 'cross-entropy' or 'mse', the loss that is maximised.
+      loss: a key of LOSSES, what is maximised; 'margin' and 'dlr' want integers.
       n_restarts: keeps, per image, the run with a wrong prediction, else the largest loss.
       generator: a torch generator for random starts; None starts from the image itself.
 
@@ -71,23 +87,31 @@ def pgd(
     Raises:
       ValueError: bad numbers, restarts without a generator.
     """
-    check_numbers(n_steps, step_size, n_restarts, loss)
+    check_numbers(n_steps, step_size, n_restarts, loss, LOSSES)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     best = None
     for _ in range(n_restarts):
         attacked = x if generator is None else _random_start(x, threat, generator)
-        for _ in range(n_steps):
-            _, gradient, _ = input_gradient(net, attacked, y, loss=loss)
-            if threat.norm == "linf":
-                direction = gradient.sign()
-            else:
-                direction = gradient / _l2(gradient).clamp_min(torch.finfo(x.dtype).tiny)
-            attacked = project(attacked + step_size * direction, x, threat)
+        for point in ascent(net, attacked, x, y, threat, n_steps, step_size, loss):
+            attacked = point
         if n_restarts == 1:
             return attacked
         best = _worse(net, attacked, y, loss, best)
     return best[0]
+
+
+def ascent(net, start, x, y, threat, n_steps, step_size, loss="cross-entropy"):
+    """The images after each step of `pgd`, one after another, from `start` in the ball of x."""
+    attacked = start
+    for _ in range(n_steps):
+        _, gradient, _ = input_gradient(net, attacked, y, loss=loss)
+        if threat.norm == "linf":
+            direction = gradient.sign()
+        else:
+            direction = gradient / _l2(gradient).clamp_min(torch.finfo(x.dtype).tiny)
+        attacked = project(attacked + step_size * direction, x, threat)
+        yield attacked
 
 
 def _worse(net, attacked, y, loss, best):

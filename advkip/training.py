@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from advkip import data, nets, torch_attacks
+from advkip import data, files, nets, torch_attacks
 from advkip.nets import derived_seed, device, to_tensor
 from advkip.recipe import Recipe as Recipe
 from advkip.recipe import targets
@@ -274,7 +273,6 @@ class _Run:
 
     def save(self, path):
         """Writes the state aside first, so that a cut-off write leaves the old file whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         notes = {
             "epoch": self.epoch, "loss": self.loss, "history": self.history,
             "seconds": self.seconds, "best_epoch": self.best_epoch, "best_score": self.best_score,
@@ -283,9 +281,8 @@ class _Run:
             "notes": json.dumps(notes), "net": self.net.state_dict(), "best": self.best,
             "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with files.replacing(path) as file:
+            torch.save(state, file)
 
     def load(self, path):
         try:

@@ -60,3 +60,23 @@ def test_double_precision_machines_take_single_precision_images(case):
     assert gradient.dtype == torch.float32
     assert gradient.shape == images.shape
     np.testing.assert_allclose(found.detach(), double(jnp.asarray(x[:5], "float64")), rtol=1e-4)
+
+
+def test_in_float64(case):
+    machine, x, _ = case
+    with jax.enable_x64(False):  # as users have it
+        double = bridge.KernelNet(machine).in_float64()
+        images = nets.to_tensor(x[:5]).double().requires_grad_()
+        found = double(images)
+        assert found.dtype == torch.float64
+        (gradient,) = torch.autograd.grad(found.sum(), images)
+    support, alpha = (jnp.asarray(np.asarray(a), "float64") for a in machine_arrays(machine))
+    exact = krr.KernelMachine(machine.kernel, support, alpha)
+    expected = exact(jnp.asarray(x[:5], "float64"))
+    np.testing.assert_allclose(found.detach(), expected, rtol=1e-11)
+    slope = jax.grad(lambda x: exact(x).sum())(jnp.asarray(x[:5], "float64"))
+    np.testing.assert_allclose(nets.to_array(gradient), slope, rtol=1e-9, atol=1e-12)
+
+
+def machine_arrays(machine):
+    return machine.x_support, machine.alpha

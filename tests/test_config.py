@@ -130,12 +130,29 @@ def test_same_results():
         e.same_results({"gone": 1})
 
 
+def test_robust_features_need_a_source():
+    asked = {"diagnosed_sets": ["robust-features"]}
+    for missing in ({"at_epochs": 0}, {"at_nets": []}):
+        with pytest.raises(ValueError, match="expected adversarial training behind"):
+            Experiment.from_params(asked | missing)
+        assert Experiment.from_params(asked | missing | {"robust_features": "a"})
+    with pytest.raises(ValueError, match="expected diagnosed_sets a choice of"):
+        Experiment(diagnosed_sets=["rfd"])
+    with pytest.raises(ValueError, match="expected at_nets to be known names"):
+        Experiment(at_nets=["resnet"])
+
+
 def test_settings_of_networks_touch_no_distilled_set():
     plain, changed = Experiment(), Experiment(net_epochs=7, at_epochs=0, cnns=["vgg11"])
     assert plain.fingerprint() == changed.fingerprint()
     assert not changed.same_results(plain.to_dict())
-    assert changed.same_results(plain.to_dict(), nets=False)
-    assert not changed.same_results(Experiment(seed=1).to_dict(), nets=False)
+    assert changed.same_results(plain.to_dict(), "01_kernels")
+    assert not changed.same_results(Experiment(seed=1).to_dict(), "01_kernels")
+    later = Experiment(n_diagnose=7, diagnosed_sets=["kip"])
+    assert later.fingerprint() == plain.fingerprint()
+    assert later.same_results(plain.to_dict(), "03_cnns")
+    assert not later.same_results(plain.to_dict(), "04_shortcomings")
+    assert not changed.same_results(plain.to_dict(), "03_cnns")
     assert Experiment(seed=2, net_seeds=3).net_seed_list() == [2000, 2001, 2002]
 
 

@@ -399,8 +399,14 @@ def test_training_sets_come_from_the_file_the_folder_or_a_new_run(digits, tmp_pa
         named.replace(distilled_set=str(tmp_path / "k.npz")), splits, dataset, tmp_path
     )
     assert list(of_kip) == ["kip"]
+    distill.save(tmp_path / "kip.npz", expected, e.as_kip(), dataset)
+    asked = distill.training_sets(e, splits, dataset, tmp_path, ("original", "kip", "adv-kip"))
+    assert list(asked) == ["original", "kip", "adv-kip"]
+    np.testing.assert_array_equal(asked["kip"].x, of_kip["kip"].x)
     with pytest.raises(AssertionError, match="expected no new run"):
         distill.training_sets(e.replace(learning_rate=0.5), splits, dataset, tmp_path)
+    with pytest.raises(AssertionError, match="expected no new run"):
+        distill.training_sets(e.replace(kip_steps=9), splits, dataset, tmp_path, ["kip"])
 
 
 def test_a_set_of_other_images_is_refused(digits, tmp_path, rng):

@@ -75,6 +75,45 @@ def test_curves():
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [90, 10])
 
 
+def test_loss_and_gradient_by_right_and_wrong():
+    history = [
+        {"epoch": i, "loss_right": 10.0**-i, "loss_wrong": None if i == 2 else 5.0,
+         "gradient_right": 0.0, "gradient_wrong": 3.0}
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    figure = figures.loss_and_gradient({"a": history, "b": history})
+    loss, _, gradient, _ = figure.axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [(i, 10.0**-i) for i in (1, 2, 3)])
+    np.testing.assert_allclose(loss.lines[1].get_xydata(), [(1, 5), (3, 5)])
+    assert (
+        gradient.lines[0].get_ydata() > 0
+    ).all()  # 0 has no logarithm, and is drawn all the same
+    figure.canvas.draw()
+
+
+def test_evidence_shows_attacks_and_the_sweep():
+    class Found:
+        verdict, broken, sweep = "masked", {"noise": 0.0, "square": 0.75}, {0.1: 0.9, 1.0: 0.9}
+
+    class Other(Found):
+        verdict, broken = "genuine", {"noise": 0.1, "from kernel": 0.2}
+
+    left, right = figures.evidence({"net": Found, "other": Other}).axes
+    assert [label.get_text() for label in left.get_xticklabels()] == [
+        "noise", "square", "from kernel",
+    ]  # fmt: skip
+    assert left.get_yticklabels()[0].get_text() == "net\nmasked"
+    assert sorted(text.get_text() for text in left.texts) == ["0%", "10%", "20%", "75%"]
+    np.testing.assert_allclose(right.lines[0].get_xydata(), [(0.1, 90), (1, 90)])
+
+
+def test_inverted_images(rng):
+    images = rng.random((3, 5, 8, 8, 1))
+    figure = figures.inverted_images(*images)
+    assert len(figure.axes) == 15
+    np.testing.assert_allclose(figure.axes[10].images[0].get_array(), images[2, 0].squeeze())
+
+
 def test_save(tmp_path):
     figure = figures.trade_off({"kip": HISTORY})
     assert figures.save(figure, tmp_path / "new", "trade_off") is figure

@@ -72,6 +72,26 @@ def test_weights_derive_from_the_seed_alone():
     assert not torch.equal(weights(1), first)
 
 
+@pytest.mark.parametrize("name", ["fc2-16", "simple-cnn", "alexnet", "vgg11"])
+def test_representation_is_what_the_last_layer_sees(rng, name):
+    net = nets.build(name, shape=(8, 8, 1), n_classes=3, seed=0).eval()
+    x = nets.to_tensor(rng.random((4, 8, 8, 1))).requires_grad_()
+    found = nets.representation(net, x)
+    last = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    assert found.shape == (4, last.in_features)
+    torch.testing.assert_close(last(found), net(x))
+    assert torch.autograd.grad(found.sum(), x)[0].abs().max() > 0
+    assert not last._forward_pre_hooks  # nothing stays behind
+
+
+def test_representation_without_a_linear_layer():
+    with pytest.raises(ValueError, match="expected a network with a linear layer"):
+        nets.representation(torch.nn.Flatten(), torch.zeros(1, 1, 8, 8))
+    twice = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="expected the last linear layer to be used once"):
+        nets.representation(torch.nn.Sequential(twice, twice), torch.zeros(1, 4))
+
+
 def test_bad_input():
     for name in ("fc0-10", "resnet18", "fc3", "cnn"):
         with pytest.raises(ValueError, match="expected a network in"):

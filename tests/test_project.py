@@ -10,9 +10,21 @@ import jupytext
 import numpy as np
 import papermill
 import pytest
+import torch
 import yaml
 
-from advkip import attacks, data, distill, evaluate, kernels, krr, records, training
+from advkip import (
+    attacks,
+    data,
+    diagnose,
+    distill,
+    evaluate,
+    features,
+    kernels,
+    krr,
+    records,
+    training,
+)
 from advkip.config import Experiment, field_names
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +38,7 @@ IMPORTS = {
     "compat": set(),
     "data": {"config"},
     "devices": set(),
+    "files": set(),
     "tiled": {"devices"},
     "kernels": {"config", "compat", "devices", "tiled"},
     "krr": {"devices"},
@@ -33,12 +46,15 @@ IMPORTS = {
     "torch_attacks": {"attacks"},
     "bridge": {"devices", "krr", "attacks"},
     "nets": {"config", "data"},
-    "recipe": {"attacks", "torch_attacks", "nets"},
-    "training": {"data", "torch_attacks", "nets", "recipe"},
-    "distill": {"config", "data", "kernels", "krr", "attacks"},
-    "evaluate": {"config", "attacks", "torch_attacks", "krr", "bridge", "nets"},
+    "recipe": {"config", "attacks", "torch_attacks", "nets"},
+    "training": {"data", "files", "torch_attacks", "nets", "recipe"},
+    "distill": {"config", "data", "files", "kernels", "krr", "attacks"},
+    "evaluate": {"config", "files", "attacks", "torch_attacks", "krr", "bridge", "nets"},
+    "around": {"torch_attacks", "bridge"},
+    "diagnose": {"config", "attacks", "torch_attacks", "nets", "evaluate", "around"},
+    "features": {"data", "files", "nets"},
     "figures": set(),
-    "records": {"config"},
+    "records": {"config", "files"},
     "run": {"config", "records"},
 }
 
@@ -169,7 +185,7 @@ def defaults(notebook):
     )
 
 
-@pytest.mark.parametrize("notebook", ["01_kernels", "02_transfer", "03_cnns"])
+@pytest.mark.parametrize("notebook", ["01_kernels", "02_transfer", "03_cnns", "04_shortcomings"])
 def test_defaults_of_notebooks_are_one_valid_experiment(notebook):
     experiment = defaults(notebook)
     assert experiment.dataset == "digits"
@@ -179,6 +195,8 @@ def test_defaults_of_notebooks_are_one_valid_experiment(notebook):
 
 
 def test_there_is_a_file_for_every_row_of_the_papers_tables():
+    # 50,000 is all of CIFAR-10's training images, of which some have to be held out.
+    nearest = {50_000: 49_000}
     found = set()
     for path in (p for p in PARAMS if p.parent.name == "paper"):
         e = Experiment.from_file(path)
@@ -191,8 +209,8 @@ def test_there_is_a_file_for_every_row_of_the_papers_tables():
                 found |= {(e.dataset, net, e.n_support, made) for net in names}
                 if notebook == "03_cnns" and e.at_epochs:
                     found |= {(e.dataset, net, 0, records.ADVERSARIAL) for net in names}
-    # 50,000 is all of CIFAR-10's training images, of which some have to be held out.
-    nearest = {50_000: 49_000}
+        if "04_shortcomings" in e.notebooks and "robust-features" in e.diagnosed_sets:
+            found |= {(e.dataset, net, nearest[50_000], "robust-features") for net in e.cnns}
     rows = {(*row[1:3], nearest.get(row[3], row[3]), row[4]) for row in records.PAPER}
     assert rows <= found
 
@@ -227,9 +245,11 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
             attack_names=["fgsm", "pgd2"], step_size=e.step_size, progress=False,
         )  # fmt: skip
         assert len(outcomes) == 3
-    if set(e.notebooks) & {"02_transfer", "03_cnns"}:
+    if set(e.notebooks) & {"02_transfer", "03_cnns", "04_shortcomings"}:
         assert not e.distilled_set or e.distilled_set.startswith("reports/")
-        check_networks(e.replace(distilled_set=""), splits, tmp_path)
+        net = check_networks(e.replace(distilled_set=""), splits, tmp_path)
+    if "04_shortcomings" in e.notebooks:
+        check_diagnosis(e, net, splits, tmp_path)
 
 
 def check_networks(e, splits, folder):
@@ -256,6 +276,29 @@ def check_networks(e, splits, folder):
         threat_l2=attacks.Threat("l2", e.epsilon_l2), step_size_l2=e.step_size_l2,
     )  # fmt: skip
     assert len(outcomes) == 1 + len(names)
+    return found.best[0].net
+
+
+def check_diagnosis(e, net, splits, folder):
+    """Robust features, loaded or made in two steps, and a diagnosis without AutoAttack."""
+    labels = data.one_hot(splits.y_pool, splits.n_classes)
+    if e.robust_features:
+        images = torch.as_tensor(splits.x_pool).movedim(3, 1)
+        torch.save([images], folder / features.IMAGES)
+        torch.save([torch.as_tensor(splits.y_pool)], folder / features.LABELS)
+        made = features.training_set(folder, n_classes=splits.n_classes)
+    else:
+        assert set(e.at_nets) <= {*e.fc_nets, *e.cnns}
+        made = features.generate(
+            net, splits.x_pool, labels, n=5, steps=2, step_size=e.robust_step_size, seed=e.seed,
+            progress=False,
+        )  # fmt: skip
+    assert made.x.shape[1:] == splits.x_test.shape[1:]
+    found = diagnose.diagnose(
+        net, splits.x_test, splits.y_test, threat=attacks.Threat(e.norm, e.epsilon), n_steps=1,
+        step_size=e.step_size, parts=(), progress=False,
+    )  # fmt: skip
+    assert found.n == 10
 
 
 def test_reports_hold_small_files_and_no_machine_paths():

@@ -130,6 +130,41 @@ def test_restarts_keep_the_worst_and_not_the_last(case):
         before = wrong, value
 
 
+def test_margin_and_dlr():
+    logits = torch.tensor([[5.0, 1.0, 3.0, 0.0], [0.0, 2.0, -1.0, -6.0]])
+    y = torch.tensor([0, 3])
+    torch.testing.assert_close(torch_attacks.margin(logits, y), torch.tensor([-2.0, 8.0]))
+    # over the gap from the largest to the third: 5 - 1 and 2 - (-1)
+    torch.testing.assert_close(torch_attacks.dlr(logits, y), torch.tensor([-2 / 4, 8 / 3]))
+    torch.testing.assert_close(torch_attacks.dlr(1e3 * logits, y), torch_attacks.dlr(logits, y))
+
+
+def test_saturated_logits_stop_cross_entropy_and_not_the_margin(case):
+    net, x, _ = case
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    right = torch.ones(20, dtype=torch.bool)
+
+    def loud(x):
+        return 1e6 * net(x)
+
+    for loss, wrong in (("cross-entropy", False), ("margin", True), ("dlr", True)):
+        attacked = torch_attacks.pgd(
+            loud, x, y, threat=attacks.Threat("linf", 0.5), n_steps=10, step_size=0.1, loss=loss
+        )
+        still = net(attacked).argmax(1) == y
+        assert (still.float().mean() < 0.2) if wrong else torch.equal(still, right)
+
+
+def test_ascent_ends_where_pgd_ends(case):
+    net, x, y = case
+    points = list(torch_attacks.ascent(net, x, x, y, LINF, 4, 0.03))
+    assert len(points) == 4
+    expected = torch_attacks.pgd(net, x, y, threat=LINF, n_steps=4, step_size=0.03)
+    torch.testing.assert_close(points[-1], expected)
+    assert (points[0] - x).abs().max() <= 0.03 + 1e-6
+
+
 def test_bad_input(case):
     net, x, y = case
     with pytest.raises(ValueError, match="expected n_steps >= 0"):

@@ -1,0 +1,177 @@
+"""The robust-feature data set (Ilyas et al. 2019; section 6 of the paper): loaded, or made anew.
+
+Such a set holds images that an adversarially trained network cannot tell from the originals, and
+that show nothing else of them: each starts as another image and is moved until its
+*representation*, the input of the network's last layer, is that of the original. What the network
+does not look at stays as it was at the start, so only the features it uses, the robust ones, go
+with the label.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from advkip import data, files, nets
+
+IMAGES, LABELS = "CIFAR_ims", "CIFAR_lab"
+"""The published files, in one folder: lists of tensors, images (n, 3, 32, 32) and labels (n,)."""
+
+
+class Inverted(NamedTuple):
+    """Images made by `generate`."""
+
+    x: np.ndarray  # (n, H, W, C), float32 in [0, 1]
+    y: np.ndarray  # label vectors (n, classes), those of the originals
+    x_original: np.ndarray  # whose representations they have
+    x_start: np.ndarray  # what they were made from
+    distance: np.ndarray  # |g(x) - g(x_original)|_2 / |g(x_start) - g(x_original)|_2, shape (n,)
+
+
+def load(folder, *, n_classes=10, center=False):
+    """The published set as a `data.TrainingSet`; nothing but tensors is read from the files.
+
+    Args:
+      folder: with the files CIFAR_ims and CIFAR_lab.
+      n_classes, center: of the labels, see `data.one_hot`.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file that is not a list of such tensors, or that holds other Python objects.
+    """
+    folder = Path(folder).expanduser()
+    x, y = (_tensors(folder / name) for name in (IMAGES, LABELS))
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or not x.is_floating_point():
+        raise ValueError(
+            f"{folder / IMAGES}: expected float images (n, 3, H, W), got {tuple(x.shape)} of "
+            f"{x.dtype}; pass the published file"
+        )
+    if not (torch.isfinite(x).all() and x.min() >= -1e-6 and x.max() <= 1 + 1e-6):
+        raise ValueError(
+            f"{folder / IMAGES}: expected pixels in [0, 1], got [{x.min():.4g}, {x.max():.4g}]; "
+            "pass images without standardisation and without NaN"
+        )
+    y = y.reshape(-1)
+    if y.is_floating_point() or len(y) != len(x) or y.min() < 0 or y.max() >= n_classes:
+        raise ValueError(
+            f"{folder / LABELS}: expected {len(x)} integers from 0 to {n_classes - 1}, got "
+            f"{len(y)} of {y.dtype}; pass the file that belongs to {IMAGES}"
+        )
+    labels = data.one_hot(y.numpy(), n_classes, center=center)
+    return data.TrainingSet(nets.to_array(x.float().clamp(0, 1)), labels)
+
+
+def training_set(path, *, n_classes, center=False):
+    """A `data.TrainingSet` of a folder with the published files (`load`), or of a .npz."""
+    if Path(path).expanduser().is_dir():
+        return load(path, n_classes=n_classes, center=center)
+    return data.training_set(Path(path).expanduser(), n_classes=n_classes, center=center)[1]
+
+
+def _tensors(path):
+    """The tensors of a list in a file, one after another."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected {path}; pass a folder with {IMAGES} and {LABELS}, as published with "
+            "'Adversarial Examples Are Not Bugs, They Are Features'"
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = [found] if isinstance(found, torch.Tensor) else list(found)
+        return torch.cat([torch.as_tensor(part) for part in found])
+    except Exception as error:  # a hostile or damaged file can fail in any way
+        raise ValueError(
+            f"{path}: expected a list of tensors, got a file that cannot be read as one "
+            f"({type(error).__name__}); nothing else is loaded from it, pass the published file"
+        ) from None
+
+
+def generate(
+    net, x, y, *, n, steps, step_size, seed, batch_size=250, checkpoint_dir=None, progress=True
+):
+    """Inverts the representations of n images of an adversarially trained network.
+
+        x_r <- clip( x_r - step_size * g / |g|_2 ),  g = grad |h(x_r) - h(x)|_2^2 / 2
+
+    from x_r = another of the images, with h the input of the last linear layer.
+
+    Args:
+      net: in evaluation mode, images (n, C, H, W) in [0, 1] to logits.
+      x, y: images in [0, 1], shape (N, H, W, C), and label vectors (N, classes).
+      n: how many, at most N: the first n of x.
+      steps, step_size: step_size in l2, pixel units.
+      seed: of the images to start from.
+      batch_size: images at a time.
+      checkpoint_dir: folder of robust-features.npz, which is read instead when it was made of the
+        same network, images and settings; None for none.
+      progress: shows a bar.
+
+    Returns:
+      An `Inverted`.
+
+    Raises:
+      ValueError: numbers or labels that do not fit, a network without a linear layer or in training
+        mode.
+    """
+    x, y = np.asarray(x, "float32")[:n], np.asarray(y, "float32")[:n]
+    if not (0 < n == len(x) == len(y)) or y.ndim != 2 or steps < 1 or not step_size > 0:
+        raise ValueError(
+            f"expected n in [1, N], label vectors, steps >= 1 and step_size > 0, got n = {n}, "
+            f"images {x.shape}, labels {y.shape}, {steps} and {step_size}; pass such numbers"
+        )
+    if net.training:
+        raise ValueError("expected a network in evaluation mode; call net.eval()")
+    start = x[data.generator(seed, "robust").permutation(len(x))]
+    settings = f"{net} {steps} {step_size} {seed}"
+    identity = hashlib.sha256(settings.encode())
+    for array in (x, y, *(v.cpu().numpy() for v in net.state_dict().values())):
+        identity.update(np.ascontiguousarray(array))
+    identity = identity.hexdigest()[:12]
+    path = checkpoint_dir and Path(checkpoint_dir) / "robust-features.npz"
+    if path and path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["identity"]) == identity:
+                return Inverted(file["x_train"], y, x, start, file["distance"])
+
+    made, distances = [], []
+    with nets.deterministic():
+        for i in tqdm(
+            range(0, n, batch_size), desc="inversion", unit="batch", disable=not progress
+        ):
+            part = slice(i, i + batch_size)
+            found, distance = _invert(net, x[part], start[part], steps, step_size)
+            made.append(found)
+            distances.append(distance)
+    inverted = Inverted(np.concatenate(made), y, x, start, np.concatenate(distances))
+    if path:
+        _save(path, inverted, identity)
+    return inverted
+
+
+def _invert(net, x, start, steps, step_size):
+    """(images, relative distances) of one batch."""
+    x, moved = nets.to_tensor(x), nets.to_tensor(start)
+    with torch.no_grad():
+        goal = nets.representation(net, x)
+        before = (nets.representation(net, moved) - goal).norm(dim=1)
+    for _ in range(steps):
+        moved.requires_grad_()
+        loss = ((nets.representation(net, moved) - goal) ** 2).sum() / 2
+        (g,) = torch.autograd.grad(loss, moved)
+        length = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp_min(1e-12)
+        moved = (moved.detach() - step_size * g / length).clamp(0, 1)
+    with torch.no_grad():
+        after = (nets.representation(net, moved) - goal).norm(dim=1)
+    return nets.to_array(moved), (after / before.clamp_min(1e-12)).cpu().numpy()
+
+
+def _save(path, inverted, identity):
+    """In the layout of `data`, so that `distilled_set` can name the file; x_test is for form."""
+    with files.replacing(path) as file:
+        np.savez(
+            file, x_train=inverted.x, y_train=inverted.y, x_test=inverted.x_original[:1],
+            y_test=inverted.y[:1], distance=inverted.distance, identity=identity,
+        )  # fmt: skip

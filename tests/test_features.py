@@ -1,0 +1,149 @@
+"""The robust-feature data set: hostile and malformed files; inversion of representations."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from advkip import attacks, data, features, nets, training
+
+
+def write(folder, images=None, labels=None):
+    images = [torch.rand(4, 3, 32, 32) for _ in range(2)] if images is None else images
+    labels = [torch.arange(4), torch.tensor([9, 8, 7, 6])] if labels is None else labels
+    torch.save(images, folder / features.IMAGES)
+    torch.save(labels, folder / features.LABELS)
+    return images, labels
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_published_layout(tmp_path, legacy):
+    images, labels = write(tmp_path)
+    if legacy:  # what PyTorch wrote when the set was published
+        for name, parts in ((features.IMAGES, images), (features.LABELS, labels)):
+            torch.save(parts, tmp_path / name, _use_new_zipfile_serialization=False)
+    found = features.load(tmp_path)
+    assert found.x.shape == (8, 32, 32, 3)
+    np.testing.assert_array_equal(found.x[5], images[1][1].permute(1, 2, 0))
+    np.testing.assert_array_equal(found.y.argmax(1), [0, 1, 2, 3, 9, 8, 7, 6])
+    same = features.training_set(tmp_path, n_classes=10)
+    np.testing.assert_array_equal(same.x, found.x)
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_hostile_file_runs_nothing(tmp_path, raw):
+    trap = tmp_path / "ran"
+    write(tmp_path)
+    if raw:
+        (tmp_path / features.IMAGES).write_bytes(pickle.dumps([Hostile(trap)]))
+    else:
+        torch.save([torch.rand(4, 3, 32, 32), Hostile(trap)], tmp_path / features.IMAGES)
+    with pytest.raises(ValueError, match="expected a list of tensors"):
+        features.load(tmp_path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ([torch.rand(4, 32, 32)], None, "expected float images"),
+        ([torch.zeros(8, 3, 32, 32, dtype=torch.uint8)], None, "expected float images"),
+        ([torch.rand(8, 3, 32, 32) * 4 - 2], None, "without standardisation"),
+        ([torch.full((8, 3, 32, 32), torch.nan)], None, "without standardisation"),
+        (None, [torch.arange(7)], "expected 8 integers from 0 to 9"),
+        (None, [torch.arange(8) + 5], "expected 8 integers from 0 to 9"),
+        (None, [torch.rand(8)], "expected 8 integers from 0 to 9"),
+        ({"a": torch.rand(4, 3, 32, 32)}, None, "expected a list of tensors"),
+        ([], None, "expected a list of tensors"),
+        ([[1, "a"]], None, "expected a list of tensors"),
+    ],
+)
+def test_malformed_files(tmp_path, images, labels, message):
+    write(tmp_path, images, labels)
+    with pytest.raises(ValueError, match=message):
+        features.load(tmp_path)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pass a folder with CIFAR_ims and CIFAR_lab"):
+        features.load(tmp_path)
+    write(tmp_path)
+    path = tmp_path / features.IMAGES
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="expected a list of tensors"):
+        features.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def robust():
+    d = data.load("digits")
+    recipe = training.Recipe(
+        epochs=15, learning_rate=3e-3, threat=attacks.Threat("linf", 0.15), step_size=0.05,
+        batch_size=32, eval_every=15, eval_pgd_steps=2, adversarial_steps=3,
+    )  # fmt: skip
+    net = nets.build("fc2-128", shape=(8, 8, 1), n_classes=10, seed=0)
+    watched = training.Watched(d.x_train[800:850], d.y_train[800:850])
+    training.train(
+        net, d.x_train[:800], d.y_train[:800], recipe=recipe, watched=watched, progress=False
+    )
+    return net, d.x_train[:60], data.one_hot(d.y_train[:60], 10)
+
+
+SETTINGS = {"n": 40, "steps": 60, "step_size": 0.1, "seed": 0, "progress": False}
+
+
+def test_inversion(robust):
+    net, x, y = robust
+    made = features.generate(*robust, **SETTINGS, batch_size=16)
+    assert made.x.shape == (40, 8, 8, 1)
+    assert made.x.min() >= 0
+    assert made.x.max() <= 1
+    # Represented as the originals are, and read so ...
+    assert np.median(made.distance) < 0.2
+    read = net(nets.to_tensor(made.x)).argmax(1).numpy()
+    assert (read == net(nets.to_tensor(made.x_original)).argmax(1).numpy()).mean() > 0.9
+    np.testing.assert_array_equal(made.y, y[:40])
+    # ... but made of other images, which were not read so.
+    assert (net(nets.to_tensor(made.x_start)).argmax(1).numpy() == y[:40].argmax(1)).mean() < 0.4
+    assert sorted(map(bytes, made.x_start)) == sorted(map(bytes, made.x_original))
+    # Batches change nothing but rounding; the seed does.
+    np.testing.assert_allclose(features.generate(*robust, **SETTINGS).x, made.x, atol=1e-3)
+    other = features.generate(*robust, **SETTINGS | {"seed": 1, "steps": 1})
+    assert np.abs(other.x_start - made.x_start).max() > 0.5
+
+
+def test_inversion_is_not_made_twice(robust, tmp_path, monkeypatch):
+    made = features.generate(*robust, **SETTINGS, checkpoint_dir=tmp_path)
+    # In the layout of any other data set.
+    found = features.training_set(tmp_path / "robust-features.npz", n_classes=10)
+    np.testing.assert_array_equal(found.x, made.x)
+    np.testing.assert_array_equal(found.y, made.y)
+    monkeypatch.setattr(features, "_invert", None)
+    again = features.generate(*robust, **SETTINGS, checkpoint_dir=tmp_path)
+    for a, b in zip(made, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(TypeError):  # other settings: made anew
+        features.generate(*robust, **SETTINGS | {"steps": 2}, checkpoint_dir=tmp_path)
+
+
+def test_bad_input(robust):
+    net, x, y = robust
+    for settings in ({"n": 61}, {"n": 0}, {"steps": 0}, {"step_size": 0.0}):
+        with pytest.raises(ValueError, match="expected n in"):
+            features.generate(*robust, **SETTINGS | settings)
+    with pytest.raises(ValueError, match="expected n in"):
+        features.generate(net, x, y.argmax(1), **SETTINGS)
+    with pytest.raises(ValueError, match="expected a network in evaluation mode"):
+        features.generate(
+            nets.build("fc1-8", shape=(8, 8, 1), n_classes=10, seed=0), x, y, **SETTINGS
+        )
