@@ -21,7 +21,9 @@ class WithoutGradient(Around):
     """A network that autograd cannot see through, with a gradient of 0."""
 
     def forward(self, x):
-        return self.net(x).detach() + 0 * x.flatten(1).sum(1, keepdim=True)
+        with torch.no_grad():
+            logits = self.net(x.detach())
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
 class Mean(Around):
@@ -48,11 +50,12 @@ class Rescaled(Around):
 def has_gradient(net, x):
     """Whether the logits of a network depend on its input x, as far as autograd can see."""
     x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        logits = net(x)
-    if not logits.requires_grad:
+    try:
+        with torch.enable_grad():
+            logits = net(x)
+            return torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] is not None
+    except RuntimeError:  # detached, or computed elsewhere (NumPy refuses a tensor with gradient)
         return False
-    return torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] is not None
 
 
 def in_float64(net, x):
@@ -68,12 +71,41 @@ def in_float64(net, x):
     return doubled
 
 
-def noise(x, threat, generator, *, corners):
-    """Random points of the ball around x: anywhere in it, or as far out as it reaches."""
-    drawn = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) - 1
+def false_gradient(net, x, y, losses, gradient):
+    """For which images the cross-entropy does not grow along its gradient as that says.
+
+    A small step of length h along g must change the loss by about h |g|_2; it does not if a layer
+    passes a gradient that is not its own, or jumps. Images without a gradient are not false, and
+    float64 is needed to see anything.
+
+    Args:
+      net: images (n, C, H, W) to logits.
+      x, y, losses, gradient: images, integers, and what `torch_attacks.input_gradient` returned.
+
+    Returns:
+      A bool tensor (n,).
+    """
+    norms = gradient.flatten(1).norm(dim=1)
+    direction = gradient / norms.clamp_min(torch.finfo(x.dtype).tiny).view(-1, 1, 1, 1)
+    # Long enough for the loss to change in its digits, short enough for few ReLUs to switch.
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (
+            torch_attacks.cross_entropy(net(x + sign * h * direction), y) for sign in (1, -1)
+        )
+    change = (ahead - behind) / 2
+    seen = h * norms > 1e-10 * losses.abs().clamp_min(1e-300)
+    return seen & ((change - h * norms).abs() > 0.5 * h * norms)
+
+
+def noise(x, threat, generator, *, far):
+    """Random points of the ball around x: uniform in it, or as far out as it reaches."""
+    if not far:
+        return torch_attacks.random_start(x, threat, generator)
+    drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     if threat.norm == "linf":
-        drawn = threat.epsilon * (drawn.sign() if corners else drawn)
+        drawn = threat.epsilon * drawn.sign()
     else:
         length = drawn.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
-        drawn = threat.epsilon * (1.0 if corners else 0.5) * drawn / length
+        drawn = threat.epsilon * drawn / length
     return torch_attacks.project(x + drawn, x, threat)

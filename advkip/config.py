@@ -27,6 +27,9 @@ CNNS = ("simple-cnn", "alexnet", "vgg11")
 ATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """What AutoAttack 'standard' runs, in its order."""
 
+UNTARGETED_PARTS = ("apgd-ce", "square")
+"""Those that work with two classes; the others need four."""
+
 ATTACK = rf"(fgsm|pgd[1-9]\d*(x[1-9]\d*)?|autoattack|{'|'.join(ATTACK_PARTS)})(-l2)?"
 """Names of attacks; see `evaluate`."""
 
@@ -261,16 +264,22 @@ class Experiment:
                 "expected pgd_steps >= 1 for the method 'adv-kip', got 0; pass methods ['kip'], "
                 "which is Algorithm 1 with no inner steps"
             )
-        made = "robust-features" in params.get("diagnosed_sets", ()) and not params.get(
-            "robust_features"
-        )
-        if made and not (experiment.at_epochs and experiment.at_nets):
+        return experiment
+
+    def check_diagnosis(self):
+        """Raises ValueError unless notebook 04 can have the sets that it is asked for."""
+        if "adv-kip" in self.diagnosed_sets and not (self.pgd_steps or self.distilled_set):
+            raise ValueError(
+                "expected pgd_steps >= 1 for the diagnosed set 'adv-kip', got 0; pass "
+                "diagnosed_sets without it, or a distilled_set"
+            )
+        made = "robust-features" in self.diagnosed_sets and not self.robust_features
+        if made and not (self.at_epochs and self.at_nets):
             raise ValueError(
                 "expected adversarial training behind the robust features to make, got at_epochs = "
-                f"{experiment.at_epochs}, at_nets = {list(experiment.at_nets)}; pass both, "
-                "robust_features for a set that is there, or diagnosed_sets without it"
+                f"{self.at_epochs}, at_nets = {list(self.at_nets)}; pass both, robust_features for "
+                "a set that is there, or diagnosed_sets without it"
             )
-        return experiment
 
     @classmethod
     def from_notebook(cls, namespace):
@@ -299,7 +308,10 @@ class Experiment:
                 if not equals:
                     raise ValueError(f"expected key=value, got {item!r}; pass --set seed=1")
                 params[key.strip()] = yaml.load(value, _Loader)
-            return cls.from_params(params)
+            experiment = cls.from_params(params)
+            if "04_shortcomings" in experiment.notebooks:
+                experiment.check_diagnosis()
+            return experiment
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{source}: {error}") from None
 

@@ -351,8 +351,8 @@ def save(path, distilled, experiment, dataset):
     )  # fmt: skip
 
 
-def training_sets(experiment, splits, dataset, folder, names=()):
-    """What networks are trained on: `names`, or what `net_sets` asks.
+def training_sets(experiment, splits, dataset, folder, names=None):
+    """What networks are trained on: `names`, or what `net_sets` asks if that is None.
 
     'distilled' or 'adv-kip' is the experiment's `distilled_set` if it names a file, else
     `<folder>/adv-kip.npz`, and 'kip' is `<folder>/kip.npz`, as notebook 01 leaves them there; a set
@@ -372,7 +372,7 @@ def training_sets(experiment, splits, dataset, folder, names=()):
       ValueError: a file that is not such a set, or whose images or classes do not fit the splits.
     """
     sets = {}
-    for wanted in names or experiment.net_sets:
+    for wanted in experiment.net_sets if names is None else names:
         if wanted == "original":
             sets[wanted] = data.draw_original(
                 splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from advkip import attacks, bridge, files, krr, nets, torch_attacks
-from advkip.config import ATTACK, ATTACK_PARTS
+from advkip.config import ATTACK, ATTACK_PARTS, UNTARGETED_PARTS
 
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""
@@ -235,6 +235,20 @@ class _Network:
         """Images as the network takes them: on its device, in its dtype."""
         return nets.to_tensor(x, like=self.like)
 
+    def like_own(self, x):
+        """A tensor of images on the network's device, in its dtype."""
+        return x if self.like is None else x.to(self.like.device, self.like.dtype)
+
+    def gradient(self, x):
+        """d(sum of the logits)/dx as far as autograd sees it, else zeros; tells models apart."""
+        x = self.tensor(x).requires_grad_()
+        try:
+            with torch.enable_grad(), nets.deterministic():
+                (found,) = torch.autograd.grad(self.net(x).sum(), x, allow_unused=True)
+        except RuntimeError:
+            found = None
+        return np.zeros(0) if found is None else found.cpu().numpy()
+
     def logits(self, x):
         with torch.no_grad(), nets.deterministic():
             parts = [self.net(a) for a in self.tensor(x).split(self.batch_size)]
@@ -291,10 +305,10 @@ def _autoattack(net, name, x, y, threat, seed):
 
     with torch.no_grad():
         n_classes = net(x[:1]).shape[1]
-    if n_classes < 4:
+    if n_classes < 4 and name not in UNTARGETED_PARTS:
         raise ValueError(
             f"expected 4 classes or more for {name!r}, whose targeted losses need them, got "
-            f"{n_classes}; pass 'pgd40x5' or 'square'"
+            f"{n_classes}; pass 'apgd-ce' or 'square'"
         )
     if (threat.low, threat.high) != (0, 1):
         raise ValueError(
@@ -346,8 +360,10 @@ class _Checkpoint:
         if not folder:
             return
         identity = hashlib.sha256(f"{wrapped.seed} {x.shape} {wrapped.model}".encode())
-        # The logits tell models apart whose difference is in no weight.
-        for array in (x, y, wrapped.logits(x[:16]), *wrapped.weights()):
+        # Logits and gradients tell models apart whose difference is in no weight.
+        sample = x[:16]
+        seen = wrapped.logits(sample), wrapped.gradient(sample)
+        for array in (x, y, *seen, *wrapped.weights()):
             identity.update(np.ascontiguousarray(array))
         self.path = Path(folder) / f"checkpoint-attacks-{identity.hexdigest()[:12]}.npz"
         if self.path.exists():

@@ -55,7 +55,13 @@ def load(folder, *, n_classes=10, center=False):
             "pass images without standardisation and without NaN"
         )
     y = y.reshape(-1)
-    if y.is_floating_point() or len(y) != len(x) or y.min() < 0 or y.max() >= n_classes:
+    if (
+        y.is_floating_point()
+        or y.dtype == torch.bool
+        or len(y) != len(x)
+        or y.min() < 0
+        or y.max() >= n_classes
+    ):
         raise ValueError(
             f"{folder / LABELS}: expected {len(x)} integers from 0 to {n_classes - 1}, got "
             f"{len(y)} of {y.dtype}; pass the file that belongs to {IMAGES}"
@@ -64,11 +70,23 @@ def load(folder, *, n_classes=10, center=False):
     return data.TrainingSet(nets.to_array(x.float().clamp(0, 1)), labels)
 
 
-def training_set(path, *, n_classes, center=False):
-    """A `data.TrainingSet` of a folder with the published files (`load`), or of a .npz."""
-    if Path(path).expanduser().is_dir():
-        return load(path, n_classes=n_classes, center=center)
-    return data.training_set(Path(path).expanduser(), n_classes=n_classes, center=center)[1]
+def training_set(path, *, shape, n_classes, center=False):
+    """A `data.TrainingSet` of a folder with the published files (`load`), or of a .npz.
+
+    Raises:
+      ValueError: as `load` or `data.training_set`, or images of another shape than (H, W, C).
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = load(path, n_classes=n_classes, center=center)
+    else:
+        found = data.training_set(path, n_classes=n_classes, center=center)[1]
+    if found.x.shape[1:] != tuple(shape):
+        raise ValueError(
+            f"{path}: expected images {tuple(shape)}, got {found.x.shape[1:]}; pass robust "
+            "features of the data set in question"
+        )
+    return found
 
 
 def _tensors(path):
@@ -81,7 +99,10 @@ def _tensors(path):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = [found] if isinstance(found, torch.Tensor) else list(found)
-        return torch.cat([torch.as_tensor(part) for part in found])
+        tensor = torch.cat([torch.as_tensor(part) for part in found])
+        if tensor.is_sparse or not tensor.numel():
+            raise ValueError("expected numbers")
+        return tensor
     except Exception as error:  # a hostile or damaged file can fail in any way
         raise ValueError(
             f"{path}: expected a list of tensors, got a file that cannot be read as one "
@@ -124,7 +145,9 @@ def generate(
         )
     if net.training:
         raise ValueError("expected a network in evaluation mode; call net.eval()")
-    start = x[data.generator(seed, "robust").permutation(len(x))]
+    order = data.generator(seed, "robust").permutation(len(x))
+    start = np.empty_like(x)
+    start[order] = x[np.roll(order, 1)]  # none is its own start, unless it is the only one
     settings = f"{net} {steps} {step_size} {seed}"
     identity = hashlib.sha256(settings.encode())
     for array in (x, y, *(v.cpu().numpy() for v in net.state_dict().values())):
@@ -153,7 +176,8 @@ def generate(
 
 def _invert(net, x, start, steps, step_size):
     """(images, relative distances) of one batch."""
-    x, moved = nets.to_tensor(x), nets.to_tensor(start)
+    like = next(net.parameters())
+    x, moved = (nets.to_tensor(a, like=like) for a in (x, start))
     with torch.no_grad():
         goal = nets.representation(net, x)
         before = (nets.representation(net, moved) - goal).norm(dim=1)

@@ -271,6 +271,8 @@ def table(records, *, tables=None, models=None):
 def checks_table(diagnoses):
     """Markdown: one line a check, one column a model; what fails is in bold.
 
+    A check fails when its share exceeds the limit beyond doubt (see `verdict`).
+
     Args:
       diagnoses: {title: `diagnose.Diagnosis.to_dict()`, or the like in a record}.
     """
@@ -283,6 +285,14 @@ def checks_table(diagnoses):
         ("strong", "left after every attack"),
     ):  # fmt: skip
         lines.append([name, *(f"{one[key]:.0%}" for one in found)])
+    for key in ("right", "wrong"):
+        norms = (one["gradients"][key] for one in found)
+        lines.append(
+            [
+                f"mean gradient norm, images read {key}",
+                *("-" if n is None else f"{n:.2g}" for n in norms),
+            ]
+        )
     for name in checks:
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)

@@ -92,7 +92,7 @@ def pgd(
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     best = None
     for _ in range(n_restarts):
-        attacked = x if generator is None else _random_start(x, threat, generator)
+        attacked = x if generator is None else random_start(x, threat, generator)
         for point in ascent(net, attacked, x, y, threat, n_steps, step_size, loss):
             attacked = point
         if n_restarts == 1:
@@ -131,7 +131,7 @@ def _worse(net, attacked, y, loss, best):
     )
 
 
-def _random_start(x, threat, generator):
+def random_start(x, threat, generator):
     """Uniform in the ball, then in the pixel range."""
 
     def draw(function, shape):

@@ -79,6 +79,7 @@ from advkip import (
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals())
+experiment.check_diagnosis()
 kernels.set_precision(experiment.dtype)
 recorder = records.Recorder(experiment, output, "04_shortcomings")
 experiment
@@ -120,8 +121,9 @@ searches = {
 # %%
 if "robust-features" in experiment.diagnosed_sets and experiment.robust_features:
     sets["robust-features"] = features.training_set(
-        experiment.robust_features, n_classes=splits.n_classes, center=experiment.center_labels
-    )
+        experiment.robust_features, shape=splits.x_test.shape[1:], n_classes=splits.n_classes,
+        center=experiment.center_labels,
+    )  # fmt: skip
 elif "robust-features" in experiment.diagnosed_sets:
     made = features.generate(
         next(iter(searches.values())).best[0].net, original.x, original.y,
@@ -143,7 +145,7 @@ elif "robust-features" in experiment.diagnosed_sets:
 # for adv-KIP, so that nothing differs but the data.
 
 # %%
-order = sorted(sets, key=["adv-kip", "original", "kip", "robust-features"].index)
+order = sorted(sets, key=lambda one: one not in ("adv-kip", "original"))
 for net in (*experiment.fc_nets, *experiment.cnns):
     for chosen in order:
         rates = experiment.net_learning_rates
@@ -178,7 +180,8 @@ histories = {
     ].best[0].history
     for net, chosen, how in shown
 }  # fmt: skip
-figures.save(figures.loss_and_gradient(histories), output, "figure2_loss_and_gradient")
+if histories:
+    display(figures.save(figures.loss_and_gradient(histories), output, "figure2_loss_and_gradient"))
 
 # %% [markdown]
 # ## Kernel machines
@@ -226,7 +229,7 @@ titles = {
     for kind, chosen, how in models
 }
 helpers = {
-    "adv. training" if how == "adversarial" else "kernel": (kind, chosen, how)
+    f"adv. {kind}" if how == "adversarial" else "kernel": (kind, chosen, how)
     for kind, chosen, how in models
     if how == "adversarial" or (chosen, how) == ("original", "kernel")
 }
@@ -242,7 +245,7 @@ for key, model in models.items():
 # %% [markdown]
 # ## Test accuracy of all models
 #
-# More images, and AutoAttack as it is usually run.
+# More images, and AutoAttack as it is usually run. The verdict is that of the first seed's network.
 
 # %%
 outcomes = {}
@@ -254,8 +257,10 @@ for key, model in models.items():
         "set_kernel": sets[chosen].kernel if how == "plain" else "",
         "learning_rate": found.learning_rate,
     }  # fmt: skip
-    tested = [one.net for one in found.best] if found else [model]
-    for net_seed, one in zip(experiment.net_seed_list(), tested, strict=False):
+    tested = {experiment.seed: model}
+    if found:
+        tested = dict(zip(experiment.net_seed_list(), (t.net for t in found.best), strict=True))
+    for net_seed, one in tested.items():
         outcomes[*key, net_seed] = evaluate.evaluate(
             one, x_test, y_test, attack_names=experiment.net_attacks, keep=8, **ball, **ball_l2
         )

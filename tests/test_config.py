@@ -4,6 +4,7 @@ import dataclasses
 
 import optax
 import pytest
+import yaml
 
 from advkip import attacks, config
 from advkip.config import Experiment
@@ -130,12 +131,21 @@ def test_same_results():
         e.same_results({"gone": 1})
 
 
-def test_robust_features_need_a_source():
+def test_robust_features_need_a_source(tmp_path):
     asked = {"diagnosed_sets": ["robust-features"]}
     for missing in ({"at_epochs": 0}, {"at_nets": []}):
+        e = Experiment.from_params(asked | missing)
+        assert e.same_results(e.to_dict())  # other notebooks do not mind
         with pytest.raises(ValueError, match="expected adversarial training behind"):
-            Experiment.from_params(asked | missing)
-        assert Experiment.from_params(asked | missing | {"robust_features": "a"})
+            e.check_diagnosis()
+        e.replace(robust_features="a").check_diagnosis()
+        path = tmp_path / "a.yaml"
+        path.write_text(yaml.safe_dump(missing | {"notebooks": ["04_shortcomings"]}))
+        with pytest.raises(ValueError, match="a.yaml: expected adversarial training behind"):
+            Experiment.from_file(path)
+        assert Experiment.from_file(path, ["notebooks=[03_cnns]"])
+    with pytest.raises(ValueError, match="expected pgd_steps >= 1 for the diagnosed set 'adv-kip'"):
+        Experiment(methods=["kip"], pgd_steps=0).check_diagnosis()
     with pytest.raises(ValueError, match="expected diagnosed_sets a choice of"):
         Experiment(diagnosed_sets=["rfd"])
     with pytest.raises(ValueError, match="expected at_nets to be known names"):

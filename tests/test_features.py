@@ -28,8 +28,10 @@ def test_published_layout(tmp_path, legacy):
     assert found.x.shape == (8, 32, 32, 3)
     np.testing.assert_array_equal(found.x[5], images[1][1].permute(1, 2, 0))
     np.testing.assert_array_equal(found.y.argmax(1), [0, 1, 2, 3, 9, 8, 7, 6])
-    same = features.training_set(tmp_path, n_classes=10)
+    same = features.training_set(tmp_path, shape=(32, 32, 3), n_classes=10)
     np.testing.assert_array_equal(same.x, found.x)
+    with pytest.raises(ValueError, match=r"expected images \(28, 28, 1\)"):
+        features.training_set(tmp_path, shape=(28, 28, 1), n_classes=10)
 
 
 class Hostile:
@@ -65,6 +67,9 @@ def test_a_hostile_file_runs_nothing(tmp_path, raw):
         (None, [torch.rand(8)], "expected 8 integers from 0 to 9"),
         ({"a": torch.rand(4, 3, 32, 32)}, None, "expected a list of tensors"),
         ([], None, "expected a list of tensors"),
+        ([torch.zeros(0, 3, 32, 32)], None, "expected a list of tensors"),
+        ([torch.zeros(8, 3, 32, 32).to_sparse()], None, "expected a list of tensors"),
+        (None, [torch.ones(8, dtype=torch.bool)], "expected 8 integers from 0 to 9"),
         ([[1, "a"]], None, "expected a list of tensors"),
     ],
 )
@@ -116,6 +121,7 @@ def test_inversion(robust):
     # ... but made of other images, which were not read so.
     assert (net(nets.to_tensor(made.x_start)).argmax(1).numpy() == y[:40].argmax(1)).mean() < 0.4
     assert sorted(map(bytes, made.x_start)) == sorted(map(bytes, made.x_original))
+    assert not (made.x_start == made.x_original).all((1, 2, 3)).any()
     # Batches change nothing but rounding; the seed does.
     np.testing.assert_allclose(features.generate(*robust, **SETTINGS).x, made.x, atol=1e-3)
     other = features.generate(*robust, **SETTINGS | {"seed": 1, "steps": 1})
@@ -125,7 +131,7 @@ def test_inversion(robust):
 def test_inversion_is_not_made_twice(robust, tmp_path, monkeypatch):
     made = features.generate(*robust, **SETTINGS, checkpoint_dir=tmp_path)
     # In the layout of any other data set.
-    found = features.training_set(tmp_path / "robust-features.npz", n_classes=10)
+    found = features.training_set(tmp_path / "robust-features.npz", shape=(8, 8, 1), n_classes=10)
     np.testing.assert_array_equal(found.x, made.x)
     np.testing.assert_array_equal(found.y, made.y)
     monkeypatch.setattr(features, "_invert", None)

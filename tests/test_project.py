@@ -51,7 +51,8 @@ IMPORTS = {
     "distill": {"config", "data", "files", "kernels", "krr", "attacks"},
     "evaluate": {"config", "files", "attacks", "torch_attacks", "krr", "bridge", "nets"},
     "around": {"torch_attacks", "bridge"},
-    "diagnose": {"config", "attacks", "torch_attacks", "nets", "evaluate", "around"},
+    "verdict": set(),
+    "diagnose": {"config", "attacks", "torch_attacks", "nets", "evaluate", "around", "verdict"},
     "features": {"data", "files", "nets"},
     "figures": set(),
     "records": {"config", "files"},
@@ -286,7 +287,7 @@ def check_diagnosis(e, net, splits, folder):
         images = torch.as_tensor(splits.x_pool).movedim(3, 1)
         torch.save([images], folder / features.IMAGES)
         torch.save([torch.as_tensor(splits.y_pool)], folder / features.LABELS)
-        made = features.training_set(folder, n_classes=splits.n_classes)
+        made = features.training_set(folder, shape=SHAPES["cifar10"], n_classes=10)
     else:
         assert set(e.at_nets) <= {*e.fc_nets, *e.cnns}
         made = features.generate(
@@ -299,6 +300,8 @@ def check_diagnosis(e, net, splits, folder):
         step_size=e.step_size, parts=(), progress=False,
     )  # fmt: skip
     assert found.n == 10
+    asked = {check.name for check in found.checks if check.passed is not None}
+    assert asked >= {"order", "zero gradients", "large radius"}
 
 
 def test_reports_hold_small_files_and_no_machine_paths():

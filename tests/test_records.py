@@ -133,7 +133,8 @@ class Found:
             {"name": "transfer", "value": None, "limit": 0.15, "passed": None, "text": ""},
         ]
         return {"verdict": self.verdict, "kept": self.kept, "clean": 0.9, "claimed": 0.6,
-                "strong": 0.1, "checks": checks}  # fmt: skip
+                "strong": 0.1, "checks": checks,
+                "gradients": {"right": 0.012, "wrong": None}}  # fmt: skip
 
 
 def test_verdicts_stand_beside_their_accuracies(tmp_path):
@@ -167,6 +168,8 @@ def test_the_table_of_checks():
     assert "| **verdict** | **masked** | **genuine, nothing claimed** |" in lines
     assert "| noise (at most 15%) | **20%** | - |" in lines
     assert "| order (at most 5%) | 0% | 0% |" in lines
+    assert "| mean gradient norm, images read right | 0.012 | 0.012 |" in lines
+    assert "| mean gradient norm, images read wrong | - | - |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
 
 

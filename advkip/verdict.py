@@ -1,0 +1,113 @@
+"""What a verdict on a claimed robustness follows from: counts of images, limits, and checks.
+
+The *claim* is the accuracy under FGSM and PGD with the cross-entropy loss that papers report. A
+claimed image that any other attack in the same ball breaks was never robust; the share of them that
+is *left* decides, and the checks (`diagnose`) tell why:
+
+    masked         the claim is not real: fewer than half of its images (MASKED) are left, and the
+                   95 % interval of that share ends below GENUINE; or fewer than GENUINE are left,
+                   the interval ends below SHAKEN, and a check shows that PGD cannot see the model
+                   (BLINDNESS). The reasons say whether gradients are hidden or PGD was only weak
+    genuine        at least GENUINE are left, the interval begins above MASKED, no check fails, and
+                   AutoAttack and an attack without gradients were tried; or hardly any image was
+                   claimed (at most NOTHING of all), so there is nothing to hide
+    inconclusive   anything else, among it fewer than FEW claimed images
+
+Where the numbers come from. Adversarially trained networks in the paper keep 0.78 to 0.97 of their
+accuracy under PGD when AutoAttack comes (Tables 5, 7), networks whose gradients are hidden 0.00 to
+0.02 (Tables 6, 10): MASKED and GENUINE stand between. SHAKEN is for what is robust, and hides its
+gradient as well. The limits of the checks are held against networks that were masked on purpose,
+undefended ones and adversarially trained ones (tests/test_diagnose.py). A check fails when even the
+lower end of its 95 % interval (Wilson) exceeds the limit, so that one image of few condemns nobody.
+"""
+
+from typing import NamedTuple
+
+from scipy.stats import binomtest
+
+MASKED, GENUINE, SHAKEN = 0.5, 0.7, 0.9
+"""Shares of the claimed images that are left."""
+
+NOTHING, FEW = 0.05, 10
+"""A share of all images that is no claim; a number of claimed images that says little."""
+
+STEADY = 0.05
+"""Share of images that more steps, float64 or PGD's own way may break, that attacks without a
+gradient may break beyond the white-box attacks, or that may have a wrong gradient or order."""
+
+OTHER = 1 - GENUINE
+"""Share of the claimed images that one other white-box attack may break: GENUINE again."""
+
+CHANCE = 0.1
+"""Accuracy above chance that PGD may leave in a ball that holds a grey image."""
+
+BLINDNESS = {"zero gradients", "vanishing gradients", "true gradients", "large radius"}
+"""Checks that show, when they fail, that PGD's figure says nothing about the model."""
+
+UNSEEN = {"noise", "transfer", "gradient-free"}
+"""Attacks that look at no gradient of the model: they must not beat those that do."""
+
+NEEDED = ("AutoAttack", "gradient-free")
+"""What must have been asked before a claim can be called genuine."""
+
+
+class Check(NamedTuple):
+    """One question and its answer."""
+
+    name: str
+    value: float | None  # a share of images in [0, 1]; None: could not be asked
+    limit: float
+    passed: bool | None
+    text: str  # what the value is a share of
+
+
+def check(name, count, total, limit, text):
+    """The `Check` of count in total images; None, or a total of 0: it could not be asked."""
+    if count is None or not total:
+        return Check(name, None, limit, None, text)
+    return Check(name, float(count / total), limit, interval(count, total)[0] <= limit, text)
+
+
+def interval(count, total):
+    """(low, high) of a share, 95 % (Wilson 1927)."""
+    found = binomtest(int(count), int(total)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def judge(n_left, n_claimed, n, checks):
+    """The verdict of the module's text.
+
+    Args:
+      n_left, n_claimed, n: images that withstood everything, that withstood FGSM and PGD, all.
+      checks: a list of `Check`.
+
+    Returns:
+      (verdict, reasons: sentences, (share left, low, high) or None where nothing is claimed).
+    """
+    if n_claimed <= NOTHING * n:
+        reason = f"{n_claimed} of {n} images are claimed, so there is nothing that could be hidden"
+        return "genuine", [reason], None
+    share, (low, high) = n_left / n_claimed, interval(n_left, n_claimed)
+    failed = [one.name for one in checks if one.passed is False]
+    unasked = [one.name for one in checks if one.passed is None]
+    reasons = [
+        f"of the {n_claimed} images that withstand FGSM and PGD, {n_left} withstand every attack "
+        f"({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    ]
+    reasons += [f"failed: {name}" for name in failed]
+    reasons += [f"not asked: {', '.join(unasked)}"] if unasked else []
+    blind = BLINDNESS & set(failed)
+    few = n_claimed < FEW
+    proven = share < MASKED and high < GENUINE
+    if not few and (proven or (blind and share < GENUINE and high < SHAKEN)):
+        hidden = blind or UNSEEN & set(failed)
+        why = "gradients are hidden from PGD" if hidden else (
+            "gradients are there; PGD with the cross-entropy is too weak to find what others find"
+        )  # fmt: skip
+        return "masked", [*reasons, why], (share, low, high)
+    good = share >= GENUINE and low > MASKED and not failed and not set(NEEDED) & set(unasked)
+    if good and not few:
+        return "genuine", reasons, (share, low, high)
+    if few or (low <= MASKED and high >= GENUINE):
+        reasons.append(f"{n_claimed} claimed images are too few to tell")
+    return "inconclusive", reasons, (share, low, high)
