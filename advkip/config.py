@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from advkip.values import Loader, typed
+
 OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rmsprop", "sgd", "yogi")
 """Optax optimisers that take nothing but a learning rate."""
 
@@ -33,15 +35,12 @@ UNTARGETED_PARTS = ("apgd-ce", "square")
 ATTACK = rf"(fgsm|pgd[1-9]\d*(x[1-9]\d*)?|autoattack|{'|'.join(ATTACK_PARTS)})(-l2)?"
 """Names of attacks; see `evaluate`."""
 
-LISTS = {tuple[kind, ...]: kind for kind in (str, int, float)}
-"""Types of settings that are lists, and of what."""
-
 DIAGNOSED_SETS = ("original", "kip", "adv-kip", "robust-features")
 
 IGNORED_FROM = {
     "00_walkthrough": "distilled_set",
     "01_kernels": "distilled_set",
-    "02_transfer": "diagnosed_sets",
+    "02_transfer": "cnns",
     "03_cnns": "diagnosed_sets",
 }
 """Notebook: the first of the settings that it does not depend on; the rest of the list follows."""
@@ -114,10 +113,8 @@ class Experiment:
     net_sets: tuple[str, ...] = NET_SETS  # what networks are trained on
     n_original: int = 0  # original images, plain and adversarial; 0 means all but validation's
     fc_nets: tuple[str, ...] = ("fc3-1024",)  # of notebook 02; see `nets.build`
-    cnns: tuple[str, ...] = ("simple-cnn",)  # of notebook 03
     net_seeds: int = 1  # networks of each kind; tables give mean and standard deviation
     net_epochs: int = 100  # at most
-    cnn_epochs: int = 0  # of notebook 03; 0 means net_epochs
     net_batch_size: int = 128  # 0 means all images at once
     net_optimizer: str = "adam"  # "adam" or "sgd" (momentum 0.9)
     net_learning_rates: tuple[float, ...] = (1e-3,)  # the grid; validation images choose
@@ -133,6 +130,12 @@ class Experiment:
     net_attacks: tuple[str, ...] = ("fgsm", "pgd20", "autoattack")  # see `evaluate`
     epsilon_l2: float = 128 / 255  # radius of the attacks that end in -l2
     step_size_l2: float = 15 / 255
+
+    # Convolutional networks (section 5); what is not given is as above
+    cnns: tuple[str, ...] = ("simple-cnn",)  # of notebook 03; see `nets.build`
+    cnn_epochs: int = 0  # at most; 0 means net_epochs
+    cnn_learning_rates: tuple[float, ...] = ()  # empty means net_learning_rates
+    cnn_patience: int = 0  # 0 means net_patience
 
     # Adversarial training on the original images, the baseline
     at_epochs: int = 20  # 0 leaves it out
@@ -156,7 +159,7 @@ class Experiment:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
+            object.__setattr__(self, field.name, typed(field, getattr(self, field.name)))
         self._check_values()
 
     def _check_values(self):
@@ -201,8 +204,8 @@ class Experiment:
             check_in(key, LOSSES)
         for key in (
             "seed", "n_test", "pgd_steps", "block_size", "patience", "kip_patience", "n_original",
-            "cnn_epochs", "net_batch_size", "net_weight_decay", "net_patience", "net_n_test",
-            "at_epochs", "at_warmup", "at_weight_decay", "n_robust",
+            "cnn_epochs", "cnn_patience", "net_batch_size", "net_weight_decay", "net_patience",
+            "net_n_test", "at_epochs", "at_warmup", "at_weight_decay", "n_robust",
         ):  # fmt: skip
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
         for key in (
@@ -235,9 +238,15 @@ class Experiment:
         )  # fmt: skip
         for key in ("net_optimizer", "at_optimizer"):
             check_in(key, ("adam", "sgd"))
-        for key in ("net_learning_rates", "at_learning_rates"):
+        for key in ("net_learning_rates", "at_learning_rates", "cnn_learning_rates"):
             rates = getattr(self, key)
-            check(rates and min(rates) > 0, key, "to be positive numbers", "for example [1.0e-3]")
+            good = rates or key == "cnn_learning_rates"
+            check(
+                good and all(rate > 0 for rate in rates),
+                key,
+                "to be positive numbers",
+                "for example [1.0e-3]",
+            )
         if self.norm == "linf":
             check(self.epsilon <= 1, "epsilon", "in [0, 1] pixel units", "8/255 as 0.03137")
         for key, radius in (("step_size", self.epsilon), ("step_size_l2", self.epsilon_l2)):
@@ -297,7 +306,7 @@ class Experiment:
         """
         source = " ".join([str(path), *(f"--set {item}" for item in overrides)])
         try:
-            params = yaml.load(Path(path).read_text(), _Loader) or {}
+            params = yaml.load(Path(path).read_text(), Loader) or {}
             if not isinstance(params, dict):
                 raise ValueError(
                     f"expected 'key: value' lines, got {type(params).__name__}; pass a YAML mapping"
@@ -307,7 +316,7 @@ class Experiment:
                 key, equals, value = item.partition("=")
                 if not equals:
                     raise ValueError(f"expected key=value, got {item!r}; pass --set seed=1")
-                params[key.strip()] = yaml.load(value, _Loader)
+                params[key.strip()] = yaml.load(value, Loader)
             experiment = cls.from_params(params)
             if "04_shortcomings" in experiment.notebooks:
                 experiment.check_diagnosis()
@@ -329,6 +338,14 @@ class Experiment:
             label_learning_rate=self.kip_learning_rate,
             n_steps=self.kip_steps,
             patience=self.kip_patience,
+        )
+
+    def for_cnns(self):
+        """The experiment with the settings of convolutional networks in the place of the others."""
+        return self.replace(
+            net_epochs=self.cnn_epochs or self.net_epochs,
+            net_learning_rates=self.cnn_learning_rates or self.net_learning_rates,
+            net_patience=self.cnn_patience or self.net_patience,
         )
 
     def net_seed_list(self):
@@ -376,44 +393,3 @@ def ignored_settings(notebook):
     """Names of the settings that a notebook's results do not depend on."""
     names = field_names()
     return names[names.index(IGNORED_FROM[notebook]) :] if notebook in IGNORED_FROM else []
-
-
-def _typed(field, value):
-    """`value` if it is of the field's type; integers pass as floats, lists as tuples."""
-    if kind := LISTS.get(field.type):
-        if kind is float and isinstance(value, (list, tuple)):
-            value = [float(item) if type(item) is int else item for item in value]
-        if isinstance(value, (list, tuple)) and all(
-            type(item) is kind and item == item and item not in (_INF, -_INF) for item in value
-        ):
-            return tuple(value)
-        expected = f"a list of {'strings' if kind is str else kind.__name__ + 's'}"
-    else:
-        if field.type is float and type(value) is int:
-            return float(value)
-        if type(value) is field.type and value == value and value not in (_INF, -_INF):
-            return value
-        expected = f"a finite {field.type.__name__}"
-    hint = (
-        "; in YAML 1.0e-6 is a number and 1e-6 is text"
-        if field.type in (float, tuple[float, ...])
-        else ""
-    )
-    raise ValueError(
-        f"expected {field.name} to be {expected}, got {value!r} ({type(value).__name__}); "
-        f"pass for example {field.default!r}{hint}"
-    )
-
-
-_INF = float("inf")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without silent duplicates: a key that stands twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"expected each key once, got {twice} twice; pass one value for each")
-        return super().construct_mapping(node, deep)

@@ -67,14 +67,15 @@ class Recipe:
             )
 
     @classmethod
-    def of(cls, experiment, *, epochs=0, adversarial=False):
+    def of(cls, experiment, *, adversarial=False):
         """The experiment's recipe for networks, or for adversarial training.
 
-        The learning rate is the first of the grid; epochs 0 are the experiment's.
+        The learning rate is the first of the grid. For convolutional networks pass
+        `experiment.for_cnns()`.
         """
         e = experiment
         own = {
-            "epochs": epochs or e.net_epochs, "learning_rate": e.net_learning_rates[0],
+            "epochs": e.net_epochs, "learning_rate": e.net_learning_rates[0],
             "optimizer": e.net_optimizer, "milestones": e.net_milestones,
             "weight_decay": e.net_weight_decay, "loss": e.net_loss, "target": e.net_target,
             "eval_every": e.net_eval_every, "patience": e.net_patience,

@@ -131,6 +131,16 @@ class Recorder:
         if diagnosis:
             self.diagnoses.append(same | diagnosis.to_dict())
 
+    def learning_rates(self, model, trained_on):
+        """What the notebooks before chose for plain training with these settings, as a list."""
+        if not self.path.exists():
+            return []
+        old = read(self.path)
+        rows = (row for row in old["rows"] if self._stays(row["notebook"], old["experiment"]))
+        asked = {"model": model, "trained_on": trained_on, "training": "plain"}
+        rates = {row.get("learning_rate") for row in rows if asked.items() <= row.items()}
+        return sorted(rates - {None})
+
     def _stays(self, notebook, settings):
         """Whether what `notebook` wrote with `settings` still belongs beside our own."""
         same = self.experiment.same_results(settings, notebook, self.notebook)

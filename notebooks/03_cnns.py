@@ -87,8 +87,8 @@ watched = training.watched(splits, experiment.n_watch, seed=experiment.seed)
 searches = {
     (net, chosen, "plain"): training.search(
         net, sets[chosen].x, sets[chosen].y, watched=watched,
-        recipe=training.Recipe.of(experiment, epochs=experiment.cnn_epochs),
-        learning_rates=experiment.net_learning_rates, seeds=experiment.net_seed_list(),
+        recipe=training.Recipe.of(experiment.for_cnns()),
+        learning_rates=experiment.for_cnns().net_learning_rates, seeds=experiment.net_seed_list(),
         checkpoint_dir=output,
     )
     for net in experiment.cnns

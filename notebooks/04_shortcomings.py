@@ -141,22 +141,21 @@ elif "robust-features" in experiment.diagnosed_sets:
 # ## Plain training on each set
 #
 # The same networks and the same recipe throughout. Learning rates are chosen by PGD accuracy on
-# validation images for original and adv-KIP images; the other sets take the rate that was chosen
-# for adv-KIP, so that nothing differs but the data.
+# validation images for original and adv-KIP images, if notebooks 02 and 03 have not done so before;
+# the other sets take the rate of adv-KIP, so that nothing differs but the data.
 
 # %%
 order = sorted(sets, key=lambda one: one not in ("adv-kip", "original"))
 for net in (*experiment.fc_nets, *experiment.cnns):
+    settings = experiment.for_cnns() if net in experiment.cnns else experiment
     for chosen in order:
-        rates = experiment.net_learning_rates
+        rates = recorder.learning_rates(net, chosen) or settings.net_learning_rates
         if chosen in ("kip", "robust-features") and (net, "adv-kip", "plain") in searches:
             rates = [searches[net, "adv-kip", "plain"].learning_rate]
         searches[net, chosen, "plain"] = training.search(
             net, sets[chosen].x, sets[chosen].y, watched=watched, learning_rates=rates,
-            recipe=training.Recipe.of(
-                experiment, epochs=experiment.cnn_epochs if net in experiment.cnns else 0
-            ),
-            seeds=experiment.net_seed_list(), checkpoint_dir=output,
+            recipe=training.Recipe.of(settings), seeds=experiment.net_seed_list(),
+            checkpoint_dir=output,
         )  # fmt: skip
 
 # %% [markdown]

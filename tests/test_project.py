@@ -34,7 +34,8 @@ PARAMS = sorted(ROOT.glob("params/*.yaml")) + sorted(ROOT.glob("params/paper/*.y
 # Which modules of the package each one may import.
 IMPORTS = {
     "__init__": set(),
-    "config": set(),
+    "values": set(),
+    "config": {"values"},
     "compat": set(),
     "data": {"config"},
     "devices": set(),

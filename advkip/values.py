@@ -1,0 +1,46 @@
+"""Typed values of settings, and YAML that hides no mistake."""
+
+import yaml
+
+LISTS = {tuple[kind, ...]: kind for kind in (str, int, float)}
+"""Types of settings that are lists, and of what."""
+
+_INF = float("inf")
+
+
+def typed(field, value):
+    """`value` if it is of the field's type; integers pass as floats, lists as tuples."""
+    if kind := LISTS.get(field.type):
+        if kind is float and isinstance(value, (list, tuple)):
+            value = [float(item) if type(item) is int else item for item in value]
+        if isinstance(value, (list, tuple)) and all(
+            type(item) is kind and item == item and item not in (_INF, -_INF) for item in value
+        ):
+            return tuple(value)
+        expected = f"a list of {'strings' if kind is str else kind.__name__ + 's'}"
+    else:
+        if field.type is float and type(value) is int:
+            return float(value)
+        if type(value) is field.type and value == value and value not in (_INF, -_INF):
+            return value
+        expected = f"a finite {field.type.__name__}"
+    hint = (
+        "; in YAML 1.0e-6 is a number and 1e-6 is text"
+        if field.type in (float, tuple[float, ...])
+        else ""
+    )
+    raise ValueError(
+        f"expected {field.name} to be {expected}, got {value!r} ({type(value).__name__}); "
+        f"pass for example {field.default!r}{hint}"
+    )
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without silent duplicates: a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"expected each key once, got {twice} twice; pass one value for each")
+        return super().construct_mapping(node, deep)
