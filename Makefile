@@ -37,7 +37,7 @@ test: install  ## ruff, pytest, and the notebooks on their small defaults
 	rm -rf reports/scratch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
 bench: install  ## the engine against neural_tangents references

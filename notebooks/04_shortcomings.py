@@ -43,20 +43,20 @@
 seed: int = 0  # every random choice derives from it
 dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
 data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-diagnosed_sets: list = ["original", "kip", "adv-kip", "robust-features"]
+diagnosed_sets: list = ["original", "adv-kip", "robust-features"]  # and "kip"
 robust_features: str = ""  # a folder with CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
 fc_nets: list = []  # hidden layers and width, as ["fc3-256"]
 cnns: list = ["simple-cnn"]  # simple-cnn, alexnet, vgg11
 at_nets: list = ["simple-cnn"]  # adversarially trained; the first one makes the robust features
 n_original: int = 500  # original training images; 0 means all
-net_learning_rates: list = [3.0e-3]  # Adam; validation images choose
+net_learning_rates: list = [1.0e-3]  # Adam; validation images choose
 net_epochs: int = 60  # at most
 at_learning_rates: list = [2.0e-3]  # of adversarial training
 at_epochs: int = 20
 robust_steps: int = 30  # gradient steps behind each image of robust features
-net_n_test: int = 40  # test images of the table; 0 means all
-net_attacks: list = ["fgsm", "pgd20", "autoattack"]
-n_diagnose: int = 40  # test images of a verdict; 100 or more say something
+net_n_test: int = 50  # test images of the table; 0 means all
+net_attacks: list = ["fgsm", "pgd20", "autoattack", "pgd20-l2"]
+n_diagnose: int = 20  # test images of a verdict; 100 or more say something
 output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
 
 # %%

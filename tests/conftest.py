@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Tests compare numbers to rounding; JAX and PyTorch on the CPU give the same everywhere.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes, of one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import numpy as np

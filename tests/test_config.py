@@ -152,6 +152,19 @@ def test_robust_features_need_a_source(tmp_path):
         Experiment(at_nets=["resnet"])
 
 
+def test_settings_of_convolutional_networks():
+    e = Experiment(net_epochs=50, net_learning_rates=[0.1, 0.2], net_patience=3)
+    assert e.for_cnns() == e
+    e = e.replace(cnn_epochs=7, cnn_learning_rates=[0.3], cnn_patience=2)
+    found = e.for_cnns()
+    assert (found.net_epochs, found.net_learning_rates, found.net_patience) == (7, (0.3,), 2)
+    plain = Experiment(net_epochs=50, net_learning_rates=[0.1, 0.2], net_patience=3)
+    assert e.same_results(plain.to_dict(), "02_transfer")
+    assert not e.same_results(plain.to_dict(), "03_cnns")
+    with pytest.raises(ValueError, match="expected cnn_learning_rates to be positive"):
+        Experiment(cnn_learning_rates=[0.1, -0.1])
+
+
 def test_settings_of_networks_touch_no_distilled_set():
     plain, changed = Experiment(), Experiment(net_epochs=7, at_epochs=0, cnns=["vgg11"])
     assert plain.fingerprint() == changed.fingerprint()

@@ -160,6 +160,26 @@ def test_verdicts_stand_beside_their_accuracies(tmp_path):
     assert "diagnoses" not in write(tmp_path, notebook="02_transfer", net_epochs=7)
 
 
+def test_learning_rates_that_notebooks_before_chose(tmp_path):
+    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10)
+    outcomes = [outcome("clean", 0.9)]
+    recorder = records.Recorder(experiment, tmp_path, "02_transfer")
+    net = {"model": "fc3-1024", "trained_on": "adv-kip"}
+    recorder.add(outcomes, **net, training="plain", learning_rate=0.01, n_train=7)
+    recorder.add(outcomes, **net, training="adversarial", learning_rate=0.5, n_train=7)
+    recorder.write()
+
+    def asked(notebook="04_shortcomings", **changes):
+        later = records.Recorder(experiment.replace(**changes), tmp_path, notebook)
+        return later.learning_rates("fc3-1024", "adv-kip")
+
+    assert asked() == [0.01]
+    assert asked(n_diagnose=7, cnns=["vgg11"]) == [0.01]
+    assert asked(net_epochs=7) == []  # chosen under other settings
+    assert asked("02_transfer") == []  # its own are made anew
+    assert records.Recorder(experiment, tmp_path / "no", "04").learning_rates("a", "b") == []
+
+
 def test_the_table_of_checks():
     found = {"a": Found("masked").to_dict(), "b": Found("genuine", None).to_dict()}
     found["b"]["checks"] = found["b"]["checks"][1:]
