@@ -35,7 +35,7 @@ UNTARGETED_PARTS = ("apgd-ce", "square")
 ATTACK = rf"(fgsm|pgd[1-9]\d*(x[1-9]\d*)?|autoattack|{'|'.join(ATTACK_PARTS)})(-l2)?"
 """Names of attacks; see `evaluate`."""
 
-DIAGNOSED_SETS = ("original", "kip", "adv-kip", "robust-features")
+DIAGNOSED_SETS = ("adv-kip", "original", "kip", "robust-features")
 
 IGNORED_FROM = {
     "00_walkthrough": "distilled_set",

@@ -43,7 +43,7 @@
 seed: int = 0  # every random choice derives from it
 dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
 data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-diagnosed_sets: list = ["original", "adv-kip", "robust-features"]  # and "kip"
+diagnosed_sets: list = ["adv-kip", "original", "robust-features"]  # and "kip"
 robust_features: str = ""  # a folder with CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
 fc_nets: list = []  # hidden layers and width, as ["fc3-256"]
 cnns: list = ["simple-cnn"]  # simple-cnn, alexnet, vgg11
@@ -193,8 +193,8 @@ if histories:
 ntk = kernels.by_name(experiment.kernel, W_std=experiment.W_std, b_std=experiment.b_std)
 machines = {
     chosen: krr.fit(
-        ntk, one.x[: experiment.n_support].astype(experiment.dtype),
-        one.y[: experiment.n_support].astype(experiment.dtype), diag_reg=experiment.diag_reg,
+        ntk, *(part[: experiment.n_support].astype(experiment.dtype) for part in one[:2]),
+        diag_reg=experiment.diag_reg,
     ).machine
     for chosen, one in sets.items()
     if experiment.diagnose_kernels
@@ -232,33 +232,25 @@ helpers = {
     for kind, chosen, how in models
     if how == "adversarial" or (chosen, how) == ("original", "kernel")
 }
-diagnoses = {}
+
+# %%
+outcomes, diagnoses = {}, {}
 for key, model in models.items():
+    kind, chosen, how = key
     print(titles[key])
     diagnoses[key] = diagnose.diagnose(
         model, x_test[: experiment.n_diagnose], y_test[: experiment.n_diagnose],
         n_steps=experiment.net_pgd_steps, **ball,
         sources={short: models[other] for short, other in helpers.items() if other != key},
     )  # fmt: skip
-
-# %% [markdown]
-# ## Test accuracy of all models
-#
-# More images, and AutoAttack as it is usually run. The verdict is that of the first seed's network.
-
-# %%
-outcomes = {}
-for key, model in models.items():
-    kind, chosen, how = key
     found = searches.get(key)
-    more = {"n_train": len(machines[chosen].x_support)} if how == "kernel" else {
-        "n_train": len(sets[chosen].x) if how == "plain" else len(original.x),
-        "set_kernel": sets[chosen].kernel if how == "plain" else "",
-        "learning_rate": found.learning_rate,
-    }  # fmt: skip
-    tested = {experiment.seed: model}
-    if found:
+    if how == "kernel":
+        tested, more = {experiment.seed: model}, {"n_train": len(model.x_support)}
+    else:
         tested = dict(zip(experiment.net_seed_list(), (t.net for t in found.best), strict=True))
+        trained_on = sets[chosen] if how == "plain" else original
+        more = {"n_train": len(trained_on.x), "set_kernel": trained_on.kernel}
+        more["learning_rate"] = found.learning_rate
     for net_seed, one in tested.items():
         outcomes[*key, net_seed] = evaluate.evaluate(
             one, x_test, y_test, attack_names=experiment.net_attacks, keep=8, **ball, **ball_l2
@@ -267,7 +259,12 @@ for key, model in models.items():
             outcomes[*key, net_seed], model=kind, trained_on=chosen, training=how, seed=net_seed,
             diagnosis=diagnoses[key] if one is model else None, **more,
         )  # fmt: skip
-record = recorder.write()
+    record = recorder.write()
+
+# %% [markdown]
+# ## Test accuracy of all models
+#
+# More images, and AutoAttack as it is usually run. The verdict is that of the first seed's network.
 
 # %%
 mine = {**record}
