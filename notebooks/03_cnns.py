@@ -165,22 +165,23 @@ display(Markdown(records.table([mine], tables=("5", "6", "7"))))
 # %% [markdown]
 # ## What an attack does to the images
 #
-# The last l_inf attack of the list on the first test images, for each network. Where the attack of
-# a robust network has to draw, that of another adds what looks like noise. An empty difference is
-# an image that was wrong before any attack, or one that no attack could change.
+# The last two l_inf attacks of the list on the first test images, for each network. PGD always
+# moves, as long as there is a gradient: an empty difference is one that is not there. AutoAttack
+# returns the images that it could not break as they were. Where the attack of a robust network has
+# to draw, that of another adds what looks like noise.
 
 # %%
 for (net, chosen, how, net_seed), results in outcomes.items():
-    last = [one for one in results if one.norm == experiment.norm][-1]
-    pairs = zip(y_test[:8], last.right[:8], strict=True)
-    signs = [f"{y}, {'right' if ok else 'wrong'}" for y, ok in pairs]
-    display(
-        Markdown(f"**{titles[net, chosen, how]}**, {last.attack}"),
-        figures.save(
-            figures.attacked_images(x_test[:8], last.x_attacked, signs),
-            output, f"attacked_{net}_{chosen}_{how}_{net_seed}",
-        ),
-    )  # fmt: skip
+    for one in [one for one in results[1:] if one.norm == experiment.norm][-2:]:
+        pairs = zip(y_test[:8], one.right[:8], strict=True)
+        signs = [f"{y}, {'right' if ok else 'wrong'}" for y, ok in pairs]
+        display(
+            Markdown(f"**{titles[net, chosen, how]}**, {one.attack}"),
+            figures.save(
+                figures.attacked_images(x_test[:8], one.x_attacked, signs),
+                output, f"{one.attack}_{net}_{chosen}_{how}_{net_seed}",
+            ),
+        )  # fmt: skip
 
 # %% [markdown]
 # ## Checks
