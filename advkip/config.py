@@ -149,6 +149,7 @@ class Experiment:
 
     # Notebook 04: robust features (section 6, Table 8) and the diagnosis
     diagnosed_sets: tuple[str, ...] = DIAGNOSED_SETS
+    diagnosed_nets: tuple[str, ...] = ()  # empty means fc_nets and cnns
     at_nets: tuple[str, ...] = ("simple-cnn",)  # trained adversarially; the first makes features
     robust_features: str = ""  # folder of CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
     n_robust: int = 0  # images to make; 0 means n_support
@@ -226,6 +227,7 @@ class Experiment:
             ("fc_nets", FC_NET, "for example ['fc3-1024']"),
             ("cnns", "|".join(CNNS), f"a choice of {list(CNNS)}"),
             ("at_nets", "|".join((FC_NET, *CNNS)), f"a choice of {list(CNNS)} and 'fc3-1024'"),
+            ("diagnosed_nets", "|".join((FC_NET, *CNNS)), f"a choice of {list(CNNS)}, 'fc3-1024'"),
             ("net_attacks", ATTACK, "for example ['fgsm', 'pgd40', 'autoattack']"),
         ):
             good = all(re.fullmatch(pattern, name) for name in getattr(self, key))

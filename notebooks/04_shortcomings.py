@@ -146,8 +146,8 @@ elif "robust-features" in experiment.diagnosed_sets:
 
 # %%
 order = sorted(sets, key=lambda one: one not in ("adv-kip", "original"))
-for net in (*experiment.fc_nets, *experiment.cnns):
-    settings = experiment.for_cnns() if net in experiment.cnns else experiment
+for net in experiment.diagnosed_nets or (*experiment.fc_nets, *experiment.cnns):
+    settings = experiment if net.startswith("fc") else experiment.for_cnns()
     for chosen in order:
         rates = recorder.learning_rates(net, chosen) or settings.net_learning_rates
         if chosen in ("kip", "robust-features") and (net, "adv-kip", "plain") in searches:
