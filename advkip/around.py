@@ -71,30 +71,30 @@ def in_float64(net, x):
     return doubled
 
 
-def false_gradient(net, x, y, losses, gradient):
-    """For which images the cross-entropy does not grow along its gradient as that says.
+def false_gradient(net, x, y):
+    """For which images the margin of the logits does not grow along its gradient as that says.
 
-    A small step of length h along g must change the loss by about h |g|_2; it does not if a layer
-    passes a gradient that is not its own, or jumps. Images without a gradient are not false, and
-    float64 is needed to see anything.
+    A small step of length h along g must change it by about h |g|_2; it does not if a layer passes
+    a gradient that is not its own, or jumps. (The margin, since a saturated cross-entropy changes
+    by less than its own rounding.) Images without a gradient are not false, and float64 is needed
+    to see anything.
 
     Args:
       net: images (n, C, H, W) to logits.
-      x, y, losses, gradient: images, integers, and what `torch_attacks.input_gradient` returned.
+      x, y: images and integers.
 
     Returns:
       A bool tensor (n,).
     """
+    _, gradient, logits = torch_attacks.input_gradient(net, x, y, loss="margin")
     norms = gradient.flatten(1).norm(dim=1)
     direction = gradient / norms.clamp_min(torch.finfo(x.dtype).tiny).view(-1, 1, 1, 1)
-    # Long enough for the loss to change in its digits, short enough for few ReLUs to switch.
+    # Long enough for the margin to change in its digits, short enough for few ReLUs to switch.
     h = 1e-5
     with torch.no_grad():
-        ahead, behind = (
-            torch_attacks.cross_entropy(net(x + sign * h * direction), y) for sign in (1, -1)
-        )
+        ahead, behind = (torch_attacks.margin(net(x + sign * h * direction), y) for sign in (1, -1))
     change = (ahead - behind) / 2
-    seen = h * norms > 1e-10 * losses.abs().clamp_min(1e-300)
+    seen = h * norms > 1e-12 * logits.abs().amax(1)
     return seen & ((change - h * norms).abs() > 0.5 * h * norms)
 
 

@@ -155,6 +155,7 @@ class Experiment:
     n_robust: int = 0  # images to make; 0 means n_support
     robust_steps: int = 100  # of the inversion of each image
     robust_step_size: float = 0.1  # l2 length of a step
+    robust_noise: float = 0.0  # share of noise in the images to start from
     n_diagnose: int = 100  # test images of a verdict
     diagnose_kernels: bool = True  # the kernel machine of each set, too, under AutoAttack
 
@@ -221,7 +222,8 @@ class Experiment:
             "kip_learning_rate", "logit_scale", "epsilon_l2", "step_size_l2", "robust_step_size",
         ):  # fmt: skip
             check(getattr(self, key) > 0, key, "> 0", "a positive number")
-        for key in ("b_std", "diag_reg"):
+        check(self.robust_noise <= 1, "robust_noise", "in [0, 1]", "a share")
+        for key in ("b_std", "diag_reg", "robust_noise"):
             check(getattr(self, key) >= 0, key, ">= 0", "0 or more")
         for key, pattern, hint in (
             ("fc_nets", FC_NET, "for example ['fc3-1024']"),

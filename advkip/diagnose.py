@@ -189,7 +189,7 @@ class _Case:
             false = None if self.random else wrong[right].sum()
         text = "correctly read images whose gradient is 0 as it is computed and not in float64"
         self.add("vanishing gradients", lost, right.sum(), STEADY, text)
-        text = "correctly read images whose loss does not grow along the gradient as it says"
+        text = "correctly read images whose margin does not grow along its gradient as that says"
         self.add("true gradients", false, right.sum(), STEADY, text)
 
     def grow_the_ball(self):
@@ -307,14 +307,12 @@ class _Case:
             yield images.to(dtype or images.dtype), torch.as_tensor(y[part]).to(images.device)
 
     def gradients(self, net, dtype=None):
-        """(which gradients of the cross-entropy are exactly 0, their l2 norms, which are false)."""
+        """(which gradients of the cross-entropy are 0, their l2 norms, which margin gradients false)."""
         parts = []
         for x, y in self.batches(self.x, self.y, dtype):
-            losses, gradient, _ = torch_attacks.input_gradient(net, x, y)
-            flat = gradient.flatten(1).double()
-            norms = flat.norm(dim=1)
-            false = around.false_gradient(net, x, y, losses, gradient)
-            parts.append([(flat == 0).all(1), norms, false])
+            flat = torch_attacks.input_gradient(net, x, y)[1].flatten(1).double()
+            false = around.false_gradient(net, x, y)
+            parts.append([(flat == 0).all(1), flat.norm(dim=1), false])
         return [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
 
     def wrong_after(self, attack):

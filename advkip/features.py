@@ -111,19 +111,23 @@ def _tensors(path):
 
 
 def generate(
-    net, x, y, *, n, steps, step_size, seed, batch_size=250, checkpoint_dir=None, progress=True
-):
+    net, x, y, *, n, steps, step_size, noise, seed, batch_size=250, checkpoint_dir=None,
+    progress=True,
+):  # fmt: skip
     """Inverts the representations of n images of an adversarially trained network.
 
         x_r <- clip( x_r - step_size * g / |g|_2 ),  g = grad |h(x_r) - h(x)|_2^2 / 2
 
-    from x_r = another of the images, with h the input of the last linear layer.
+    from x_r = another of the images, with h the input of the last linear layer. On images with much
+    black, as MNIST's, an adversarially trained network ignores whatever is darker than epsilon and
+    has no gradient there; noise mixed into the start gives it one.
 
     Args:
       net: in evaluation mode, images (n, C, H, W) in [0, 1] to logits.
       x, y: images in [0, 1], shape (N, H, W, C), and label vectors (N, classes).
       n: how many, at most N: the first n of x.
       steps, step_size: step_size in l2, pixel units.
+      noise: share of uniform noise in the start, in [0, 1].
       seed: of the images to start from.
       batch_size: images at a time.
       checkpoint_dir: folder of robust-features.npz, which is read instead when it was made of the
@@ -138,17 +142,22 @@ def generate(
         mode.
     """
     x, y = np.asarray(x, "float32")[:n], np.asarray(y, "float32")[:n]
-    if not (0 < n == len(x) == len(y)) or y.ndim != 2 or steps < 1 or not step_size > 0:
+    numbers = steps >= 1 and step_size > 0 and 0 <= noise <= 1
+    if not (0 < n == len(x) == len(y)) or y.ndim != 2 or not numbers:
         raise ValueError(
-            f"expected n in [1, N], label vectors, steps >= 1 and step_size > 0, got n = {n}, "
-            f"images {x.shape}, labels {y.shape}, {steps} and {step_size}; pass such numbers"
+            "expected n in [1, N], label vectors, steps >= 1, step_size > 0 and noise in [0, 1], "
+            f"got n = {n}, images {x.shape}, labels {y.shape}, {steps}, {step_size} and {noise}; "
+            "pass such numbers"
         )
     if net.training:
         raise ValueError("expected a network in evaluation mode; call net.eval()")
-    order = data.generator(seed, "robust").permutation(len(x))
+    generator = data.generator(seed, "robust")
+    order = generator.permutation(len(x))
     start = np.empty_like(x)
     start[order] = x[np.roll(order, 1)]  # none is its own start, unless it is the only one
-    settings = f"{net} {steps} {step_size} {seed}"
+    if noise:
+        start = (1 - noise) * start + noise * generator.random(x.shape, "float32")
+    settings = f"{net} {steps} {step_size} {noise} {seed}"
     identity = hashlib.sha256(settings.encode())
     for array in (x, y, *(v.cpu().numpy() for v in net.state_dict().values())):
         identity.update(np.ascontiguousarray(array))

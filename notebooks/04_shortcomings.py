@@ -129,7 +129,7 @@ elif "robust-features" in experiment.diagnosed_sets:
         next(iter(searches.values())).best[0].net, original.x, original.y,
         n=min(experiment.n_robust or experiment.n_support, len(original.x)),
         steps=experiment.robust_steps, step_size=experiment.robust_step_size,
-        seed=experiment.seed, checkpoint_dir=output,
+        noise=experiment.robust_noise, seed=experiment.seed, checkpoint_dir=output,
     )  # fmt: skip
     sets["robust-features"] = data.TrainingSet(made.x, made.y)
     figure = figures.inverted_images(made.x_original[:10], made.x_start[:10], made.x[:10])
@@ -141,8 +141,8 @@ elif "robust-features" in experiment.diagnosed_sets:
 # ## Plain training on each set
 #
 # The same networks and the same recipe throughout. Learning rates are chosen by PGD accuracy on
-# validation images for original and adv-KIP images, if notebooks 02 and 03 have not done so before;
-# the other sets take the rate of adv-KIP, so that nothing differs but the data.
+# validation images, if notebooks 02 and 03 have not done so before. KIP's set takes the rate of
+# adv-KIP's, so that nothing differs but the data.
 
 # %%
 order = sorted(sets, key=lambda one: one not in ("adv-kip", "original"))
@@ -150,7 +150,7 @@ for net in experiment.diagnosed_nets or (*experiment.fc_nets, *experiment.cnns):
     settings = experiment if net.startswith("fc") else experiment.for_cnns()
     for chosen in order:
         rates = recorder.learning_rates(net, chosen) or settings.net_learning_rates
-        if chosen in ("kip", "robust-features") and (net, "adv-kip", "plain") in searches:
+        if chosen == "kip" and (net, "adv-kip", "plain") in searches:
             rates = [searches[net, "adv-kip", "plain"].learning_rate]
         searches[net, chosen, "plain"] = training.search(
             net, sets[chosen].x, sets[chosen].y, watched=watched, learning_rates=rates,

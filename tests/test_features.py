@@ -104,7 +104,7 @@ def robust():
     return net, d.x_train[:60], data.one_hot(d.y_train[:60], 10)
 
 
-SETTINGS = {"n": 40, "steps": 60, "step_size": 0.1, "seed": 0, "progress": False}
+SETTINGS = {"n": 40, "steps": 60, "step_size": 0.1, "noise": 0.0, "seed": 0, "progress": False}
 
 
 def test_inversion(robust):
@@ -124,6 +124,11 @@ def test_inversion(robust):
     assert not (made.x_start == made.x_original).all((1, 2, 3)).any()
     # Batches change nothing but rounding; the seed does.
     np.testing.assert_allclose(features.generate(*robust, **SETTINGS).x, made.x, atol=1e-3)
+    noisy = features.generate(*robust, **SETTINGS | {"noise": 0.5})
+    assert noisy.x_start.min() >= 0
+    assert noisy.x_start.max() <= 1
+    between = noisy.x_start - made.x_start / 2
+    assert 0 <= between.min() < 0.1 < 0.4 < between.max() <= 0.5
     other = features.generate(*robust, **SETTINGS | {"seed": 1, "steps": 1})
     assert np.abs(other.x_start - made.x_start).max() > 0.5
 
@@ -144,7 +149,7 @@ def test_inversion_is_not_made_twice(robust, tmp_path, monkeypatch):
 
 def test_bad_input(robust):
     net, x, y = robust
-    for settings in ({"n": 61}, {"n": 0}, {"steps": 0}, {"step_size": 0.0}):
+    for settings in ({"n": 61}, {"n": 0}, {"steps": 0}, {"step_size": 0.0}, {"noise": 2.0}):
         with pytest.raises(ValueError, match="expected n in"):
             features.generate(*robust, **SETTINGS | settings)
     with pytest.raises(ValueError, match="expected n in"):

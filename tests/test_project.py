@@ -293,7 +293,7 @@ def check_diagnosis(e, net, splits, folder):
         assert set(e.at_nets) <= {*e.fc_nets, *e.cnns}
         made = features.generate(
             net, splits.x_pool, labels, n=5, steps=2, step_size=e.robust_step_size, seed=e.seed,
-            progress=False,
+            noise=e.robust_noise, progress=False,
         )  # fmt: skip
     assert made.x.shape[1:] == splits.x_test.shape[1:]
     found = diagnose.diagnose(
