@@ -307,7 +307,7 @@ class _Case:
             yield images.to(dtype or images.dtype), torch.as_tensor(y[part]).to(images.device)
 
     def gradients(self, net, dtype=None):
-        """(which gradients of the cross-entropy are 0, their l2 norms, which margin gradients false)."""
+        """(which gradients of the loss are 0, their l2 norms, which of the margin are false)."""
         parts = []
         for x, y in self.batches(self.x, self.y, dtype):
             flat = torch_attacks.input_gradient(net, x, y)[1].flatten(1).double()
