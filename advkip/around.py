@@ -47,17 +47,6 @@ class Rescaled(Around):
         return logits / spread.clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-def has_gradient(net, x):
-    """Whether the logits of a network depend on its input x, as far as autograd can see."""
-    x = x.detach().requires_grad_()
-    try:
-        with torch.enable_grad():
-            logits = net(x)
-            return torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] is not None
-    except RuntimeError:  # detached, or computed elsewhere (NumPy refuses a tensor with gradient)
-        return False
-
-
 def in_float64(net, x):
     """A copy of the network in float64, or None if it does not run there on images x."""
     try:

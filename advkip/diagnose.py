@@ -175,7 +175,7 @@ class _Case:
     def look_at_gradients(self):
         """Does the cross-entropy have a gradient where the prediction is right, and is it one?"""
         right = self.clean
-        zero, norms, _ = self.gradients(self.wrapped.net)
+        zero, norms = self.gradients(self.wrapped.net)
         self.norms = {
             key: float(norms[part].mean()) if part.any() else None
             for key, part in (("right", right), ("wrong", ~right))
@@ -184,9 +184,10 @@ class _Case:
         self.add("zero gradients", zero[right].sum(), right.sum(), STEADY, text)
         lost = false = None
         if self.precise:
-            precisely_zero, _, wrong = self.gradients(self.precise, torch.float64)
+            precisely_zero = self.gradients(self.precise, torch.float64)[0]
             lost = (zero & ~precisely_zero)[right].sum()
-            false = None if self.random else wrong[right].sum()
+            if not self.random:
+                false = self.false_gradients(self.precise)[right].sum()
         text = "correctly read images whose gradient is 0 as it is computed and not in float64"
         self.add("vanishing gradients", lost, right.sum(), STEADY, text)
         text = "correctly read images whose margin does not grow along its gradient as that says"
@@ -267,8 +268,8 @@ class _Case:
             other = self.wrap(source)[1]
 
             def attack(x, y, other=other):
-                moved = self.pgd(other.net, other.like_own(x), y.to(other.like_own(x).device))
-                return moved.to(x.device, x.dtype)
+                start = other.like_own(x)
+                return self.pgd(other.net, start, y.to(start.device)).to(x.device, x.dtype)
 
             new |= self.breaks(f"from {name}", self.wrong_after(attack))
         text = "claimed images that adversarial images of another model break, and no attack above"
@@ -307,13 +308,17 @@ class _Case:
             yield images.to(dtype or images.dtype), torch.as_tensor(y[part]).to(images.device)
 
     def gradients(self, net, dtype=None):
-        """(which gradients of the loss are 0, their l2 norms, which of the margin are false)."""
+        """(which gradients of the cross-entropy are exactly 0, their l2 norms) of all images."""
         parts = []
         for x, y in self.batches(self.x, self.y, dtype):
             flat = torch_attacks.input_gradient(net, x, y)[1].flatten(1).double()
-            false = around.false_gradient(net, x, y)
-            parts.append([(flat == 0).all(1), flat.norm(dim=1), false])
+            parts.append([(flat == 0).all(1), flat.norm(dim=1)])
         return [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
+
+    def false_gradients(self, net):
+        """Which images of all have a false gradient (`around.false_gradient`), in float64."""
+        batches = self.batches(self.x, self.y, torch.float64)
+        return torch.cat([around.false_gradient(net, x, y) for x, y in batches]).cpu().numpy()
 
     def wrong_after(self, attack):
         """Which claimed images are read wrongly after attack(images, labels), kept to the ball."""
@@ -341,7 +346,7 @@ class _Case:
 def _wrap_seen(model, *, x, batch_size):
     """(the model, `evaluate.wrap` of it), with a gradient of 0 if autograd sees none."""
     wrapped = evaluate.wrap(model, batch_size=batch_size)
-    if not around.has_gradient(wrapped.net, wrapped.tensor(x[:2])):
+    if not wrapped.gradient(x[:2]).size:
         model = around.WithoutGradient(wrapped.net)
         wrapped = evaluate.wrap(model, batch_size=batch_size)
     return model, wrapped

@@ -240,12 +240,12 @@ class _Network:
         return x if self.like is None else x.to(self.like.device, self.like.dtype)
 
     def gradient(self, x):
-        """d(sum of the logits)/dx as far as autograd sees it, else zeros; tells models apart."""
+        """d(sum of the logits)/dx, or an empty array where autograd sees none."""
         x = self.tensor(x).requires_grad_()
         try:
             with torch.enable_grad(), nets.deterministic():
                 (found,) = torch.autograd.grad(self.net(x).sum(), x, allow_unused=True)
-        except RuntimeError:
+        except RuntimeError:  # detached, or computed elsewhere (NumPy refuses such a tensor)
             found = None
         return np.zeros(0) if found is None else found.cpu().numpy()
 

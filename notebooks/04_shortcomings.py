@@ -322,9 +322,10 @@ for trained in (one for found in searches.values() for one in found.best):
 #    stays where it is and counts as robust. Even in a ball that holds every image there is, PGD
 #    leaves accuracy as it was (*large radius*), which no robust classifier can show.
 # 3. **The adversarial images are there.** The same PGD finds them as soon as it maximises the
-#    margin of the logits instead of the saturated cross-entropy, or the logits are rescaled. An
-#    attack that never looks at a gradient finds them (*gradient-free*), and so do adversarial
-#    images of a model that has nothing to do with this one (*transfer*).
+#    margin of the logits instead of the saturated cross-entropy, or the logits are rescaled. In the
+#    figure, an attack that never looks at a gradient finds them as well (*square*), and so do
+#    adversarial images of a model that has nothing to do with this one (*from kernel*). The
+#    table's last three checks are stricter: they count what such attacks find *beyond* all others.
 # 4. **It is not particular to distilled data.** Look at original images, same network, same
 #    recipe. What hides the gradients is long training on few images at a large learning rate, and
 #    choosing by PGD accuracy *selects* for it.
