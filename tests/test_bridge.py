@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import attacks, bridge, data, kernels, krr, nets, torch_attacks
+from advkip import attacks, bridge, data, evaluate, kernels, krr, nets, torch_attacks
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +20,35 @@ def case():
 @pytest.mark.parametrize("n", [1, 2, 33, 70])
 def test_values_and_gradients_equal_jax(case, n):
     machine, x, y = case
-    net = bridge.KernelNet(machine, batch_size=32)
-    _, gradient, logits = torch_attacks.input_gradient(
-        net, nets.to_tensor(x[:n]), torch.as_tensor(y[:n])
-    )
-    np.testing.assert_allclose(logits, machine(jnp.asarray(x[:n])), rtol=1e-4, atol=1e-5)
+    assert_equal_to_jax(machine, x[:n], y[:n], batch_size=32)
+
+
+def assert_equal_to_jax(machine, x, y, **settings):
+    """Logits and loss gradients through the bridge are JAX's."""
+    net = bridge.KernelNet(machine, **settings)
+    _, gradient, logits = torch_attacks.input_gradient(net, nets.to_tensor(x), torch.as_tensor(y))
+    assert gradient.dtype == torch.float32
+    np.testing.assert_allclose(logits, machine(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
 
     def loss(x):
-        return attacks.cross_entropy(machine(x), jax.nn.one_hot(y[:n], 10, dtype=x.dtype)).sum()
+        return attacks.cross_entropy(machine(x), jax.nn.one_hot(y, 10, dtype=x.dtype)).sum()
 
-    expected = np.asarray(jax.grad(loss)(jnp.asarray(x[:n])))
+    expected = np.asarray(jax.grad(loss)(jnp.asarray(x)))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(nets.to_array(gradient), expected, atol=1e-5 * scale)
+
+
+def test_real_mnist(shared_data):
+    splits = data.load("mnist", shared_data)
+    x, x_test = (a[:300].astype("float32") / 255 for a in (splits.x_train, splits.x_test))
+    y, y_test = (a[:300].astype("int64") for a in (splits.y_train, splits.y_test))
+    machine = krr.fit(kernels.by_name("fc3"), x, data.one_hot(y, 10, center=True)).machine
+    assert_equal_to_jax(machine, x_test, y_test)
+    clean, pgd, strong = evaluate.evaluate(
+        machine, x_test[:24], y_test[:24], threat=attacks.Threat("linf", 0.03), step_size=0.01,
+        attack_names=["pgd10", "autoattack"], progress=False,
+    )  # fmt: skip
+    assert clean.accuracy > pgd.accuracy >= strong.accuracy > 0
 
 
 def test_pgd_through_the_bridge_is_pgd_in_jax(case):
