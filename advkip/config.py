@@ -151,6 +151,7 @@ class Experiment:
     diagnosed_sets: tuple[str, ...] = DIAGNOSED_SETS
     diagnosed_nets: tuple[str, ...] = ()  # empty means fc_nets and cnns
     at_nets: tuple[str, ...] = ("simple-cnn",)  # trained adversarially; the first makes features
+    at_sets: tuple[str, ...] = ("original",)  # on these; on original images in any case
     robust_features: str = ""  # folder of CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
     n_robust: int = 0  # images to make; 0 means n_support
     robust_steps: int = 100  # of the inversion of each image
@@ -187,10 +188,11 @@ class Experiment:
             set(self.net_sets) <= set(NET_SETS), "net_sets", f"a choice of {list(NET_SETS)}",
             "none, one or both",
         )  # fmt: skip
-        check(
-            set(self.diagnosed_sets) <= set(DIAGNOSED_SETS), "diagnosed_sets",
-            f"a choice of {list(DIAGNOSED_SETS)}", "none or some",
-        )  # fmt: skip
+        for key in ("diagnosed_sets", "at_sets"):
+            check(
+                set(getattr(self, key)) <= set(DIAGNOSED_SETS), key,
+                f"a choice of {list(DIAGNOSED_SETS)}", "none or some",
+            )  # fmt: skip
         check(
             re.fullmatch(r"\w[\w.-]*", self.dataset),
             "dataset", "to be a data set's name", "'mnist' for mnist.npz",
@@ -285,6 +287,12 @@ class Experiment:
             raise ValueError(
                 "expected pgd_steps >= 1 for the diagnosed set 'adv-kip', got 0; pass "
                 "diagnosed_sets without it, or a distilled_set"
+            )
+        strangers = set(self.at_sets) - {"original", *self.diagnosed_sets}
+        if strangers:
+            raise ValueError(
+                f"expected at_sets among diagnosed_sets, got {sorted(strangers)} besides; pass "
+                "them in both, or in neither"
             )
         made = "robust-features" in self.diagnosed_sets and not self.robust_features
         if made and not (self.at_epochs and self.at_nets):

@@ -322,9 +322,8 @@ def _checked_cell(check):
 
 
 def _trained_on(row):
-    if row["training"] == "adversarial":
-        return ADVERSARIAL
-    return f"{row['trained_on']} {row.get('set_kernel', '')}".strip()
+    name = f"{row['trained_on']} {row.get('set_kernel', '')}".strip()
+    return name + ", adversarial training" * (row["training"] == "adversarial")
 
 
 def _one_table(data_set, lines):

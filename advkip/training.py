@@ -192,6 +192,9 @@ class _Run:
             options["momentum"] = 0.9
         self.optimizer = make(net.parameters(), **options)
         self.epoch, self.loss, self.history, self.seconds = 0, float("nan"), [], 0.0
+        # A distilled set may leave the pixel range; attacks on its images then may, too.
+        low, high = min(recipe.threat.low, x.min()), max(recipe.threat.high, x.max())
+        self.threat = dataclasses.replace(recipe.threat, low=float(low), high=float(high))
         self.best, self.best_epoch, self.best_score = None, 0, (-1.0, -1.0)
         identity = hashlib.sha256(f"{net} {recipe.identity()} {seed} {x.shape}".encode())
         images = [a for a in watched if a is not None]
@@ -246,7 +249,7 @@ class _Run:
     def attacked(self, x, y, grown, noise):
         """A training batch under attack, with `grown` times the radius and the step size."""
         recipe = self.recipe
-        threat = dataclasses.replace(recipe.threat, epsilon=grown * recipe.threat.epsilon)
+        threat = dataclasses.replace(self.threat, epsilon=grown * recipe.threat.epsilon)
         return torch_attacks.pgd(
             self.net.eval(), x, y, threat=threat, n_steps=recipe.adversarial_steps,
             step_size=grown * recipe.step_size, loss=recipe.loss, generator=noise,

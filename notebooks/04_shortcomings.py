@@ -48,6 +48,7 @@ robust_features: str = ""  # a folder with CIFAR_ims and CIFAR_lab, or a .npz; "
 fc_nets: list = []  # hidden layers and width, as ["fc3-256"]
 cnns: list = ["simple-cnn"]  # simple-cnn, alexnet, vgg11
 at_nets: list = ["simple-cnn"]  # adversarially trained; the first one makes the robust features
+at_sets: list = ["original"]  # adversarial training uses; a choice of diagnosed_sets
 n_original: int = 500  # original training images; 0 means all
 net_learning_rates: list = [1.0e-3]  # Adam; validation images choose
 net_epochs: int = 60  # at most
@@ -98,14 +99,15 @@ sets = distill.training_sets(experiment, splits, images, output, wanted)
 original = data.draw_original(
     splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
 )
+adversarially = {
+    "recipe": training.Recipe.of(experiment, adversarial=True),
+    "learning_rates": experiment.at_learning_rates, "seeds": experiment.net_seed_list(),
+    "watched": watched, "checkpoint_dir": output,
+}  # fmt: skip
+robust_nets = experiment.at_nets if experiment.at_epochs else ()
 searches = {
-    (net, "original", "adversarial"): training.search(
-        net, original.x, original.y, watched=watched,
-        recipe=training.Recipe.of(experiment, adversarial=True),
-        learning_rates=experiment.at_learning_rates, seeds=experiment.net_seed_list(),
-        checkpoint_dir=output,
-    )
-    for net in (experiment.at_nets if experiment.at_epochs else ())
+    (net, "original", "adversarial"): training.search(net, original.x, original.y, **adversarially)
+    for net in robust_nets
 }  # fmt: skip
 
 # %% [markdown]
@@ -159,6 +161,17 @@ for net in experiment.diagnosed_nets or (*experiment.fc_nets, *experiment.cnns):
         )  # fmt: skip
 
 # %% [markdown]
+# Adversarial training needs no special data; what does it make of these sets? (Off by default:
+# `at_sets` names them.)
+
+# %%
+for net in robust_nets:
+    for chosen in (one for one in sets if one in experiment.at_sets and one != "original"):
+        searches[net, chosen, "adversarial"] = training.search(
+            net, sets[chosen].x, sets[chosen].y, **adversarially
+        )
+
+# %% [markdown]
 # ## Figure 2: where the gradients go
 #
 # An attack follows the gradient of the loss. While the networks train, the loss on *correctly* read
@@ -171,7 +184,8 @@ for net in experiment.diagnosed_nets or (*experiment.fc_nets, *experiment.cnns):
 shown = [
     (net, chosen, how)
     for net, chosen, how in searches
-    if net in experiment.cnns[:1] and (chosen != "kip" or how == "adversarial")
+    if net in experiment.cnns[:1]
+    and (chosen == "original" if how == "adversarial" else chosen != "kip")
 ]
 histories = {
     f"{net}: {chosen}" + ", adversarially" * (how == "adversarial"): searches[
@@ -230,7 +244,7 @@ titles = {
 helpers = {
     f"adv. {kind}" if how == "adversarial" else "kernel": (kind, chosen, how)
     for kind, chosen, how in models
-    if how == "adversarial" or (chosen, how) == ("original", "kernel")
+    if chosen == "original" and how != "plain"
 }
 
 # %%
@@ -248,7 +262,7 @@ for key, model in models.items():
         tested, more = {experiment.seed: model}, {"n_train": len(model.x_support)}
     else:
         tested = dict(zip(experiment.net_seed_list(), (t.net for t in found.best), strict=True))
-        trained_on = sets[chosen] if how == "plain" else original
+        trained_on = sets.get(chosen, original)
         more = {"n_train": len(trained_on.x), "set_kernel": trained_on.kernel}
         more["learning_rate"] = found.learning_rate
     for net_seed, one in tested.items():

@@ -150,6 +150,10 @@ def test_robust_features_need_a_source(tmp_path):
         Experiment(diagnosed_sets=["rfd"])
     with pytest.raises(ValueError, match="expected at_nets to be known names"):
         Experiment(at_nets=["resnet"])
+    with pytest.raises(ValueError, match="expected at_sets a choice of"):
+        Experiment(at_sets=["rfd"])
+    with pytest.raises(ValueError, match=r"at_sets among diagnosed_sets, got \['kip'\] besides"):
+        Experiment(diagnosed_sets=["adv-kip"], at_sets=["original", "kip"]).check_diagnosis()
 
 
 def test_settings_of_convolutional_networks():

@@ -88,6 +88,7 @@ def test_networks_in_the_table(tmp_path):
     recorder.add(outcomes[:1], **distilled, seed=1)
     recorder.add(outcomes, **settings, trained_on="original", training="adversarial")
     recorder.add(outcomes, **settings, trained_on="original", training="plain")
+    recorder.add(outcomes[:1], **{**distilled, "training": "adversarial"}, seed=0)
     lines = records.table([recorder.write()], tables=("7", "10")).splitlines()
     attacks = "clean | fgsm | pgd20 | autoattack | pgd20-l2 |"
     assert lines[0] == f"| cifar10 | model | images | trained on | tested on | {attacks}"
@@ -95,6 +96,7 @@ def test_networks_in_the_table(tmp_path):
     assert f"{ours} adv-kip fc3 | 100 | 70.00 ± 0.00 |  |  | 10.00 | 30.00 |" in lines
     assert f"{ours} original, adversarial training | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
     assert f"{ours} original | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
+    assert f"{ours} adv-kip fc3, adversarial training | 100 | 70.00 |  |  |  |  |" in lines
     paper = (
         "| paper, Table 7 | vgg11 |  | original, adversarial training |  | 69.65 | 31.30 | 24.68 |"
     )

@@ -89,6 +89,26 @@ def test_warmup_grows_the_radius_to_the_threats(digits, monkeypatch):
     np.testing.assert_allclose(np.array(seen)[:, 1] / radii, 0.05 / 0.15)
 
 
+def test_adversarial_training_stays_in_the_ball_of_images_beyond_the_pixel_range(
+    digits, monkeypatch
+):
+    """Distilled images leave [0, 1]; clipping them would train on other images."""
+    x = 2 * digits["x"] - 0.5
+    far, plain = [], torch_attacks.pgd
+
+    def pgd(net, x, y, *, generator=None, **options):
+        moved = plain(net, x, y, generator=generator, **options)
+        if generator is not None:
+            far.append(((moved - x).abs().max().item(), moved.min().item(), moved.max().item()))
+        return moved
+
+    monkeypatch.setattr(torch_attacks, "pgd", pgd)
+    run(digits, x=x, epochs=1, adversarial_steps=2)
+    distance, low, high = np.array(far).T
+    np.testing.assert_allclose(distance, 0.15, atol=1e-6)
+    assert (low.min(), high.max()) == (-0.5, 1.5)
+
+
 def test_history(digits):
     result = run(digits)
     assert [line["epoch"] for line in result.history] == [2, 4, 6]
