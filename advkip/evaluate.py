@@ -299,6 +299,19 @@ class _Machine(_Network):
         return np.asarray(attack(x, y))
 
 
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity, with a gradient that can be viewed: AutoAttack does, and that of a convolution
+    on colour images may have its channels last in memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous()
+
+
 def _autoattack(net, name, x, y, threat, seed):
     """The official code, 'standard' or one of its parts."""
     from pyautoattack import AutoAttack
@@ -316,8 +329,8 @@ def _autoattack(net, name, x, y, threat, seed):
             "Threat with low 0 and high 1, and images that fit"
         )
     adversary = AutoAttack(
-        net, norm={"linf": "Linf", "l2": "L2"}[threat.norm], eps=threat.epsilon, seed=seed,
-        version="standard", device=x.device,
+        lambda x: net(_ContiguousGradient.apply(x)), version="standard", seed=seed,
+        norm={"linf": "Linf", "l2": "L2"}[threat.norm], eps=threat.epsilon, device=x.device,
     )  # fmt: skip
     adversary.verbose = False
     # As 'standard' has it for 10 classes; with fewer, every other class is a target.

@@ -127,13 +127,13 @@ def device():
 
 
 def to_tensor(x, *, like=None):
-    """NHWC array to an NCHW tensor, with the channels last in memory.
+    """NHWC array to an NCHW tensor, contiguous, so that any network can `view` it.
 
     Device and dtype are those of the tensor `like`; without one, `device()` and float32.
     """
     like = torch.empty(0, device=device()) if like is None else like
     x = torch.as_tensor(np.ascontiguousarray(x, "float32")).movedim(3, 1)
-    return x.to(like.device, like.dtype, memory_format=torch.channels_last)
+    return x.to(like.device, like.dtype).contiguous()
 
 
 def to_array(x):

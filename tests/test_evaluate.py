@@ -160,6 +160,29 @@ def test_autoattack_is_the_official_one(net_case):
     assert only.accuracy >= auto
 
 
+class Viewed(torch.nn.Module):
+    """A linear network of the kind that needs its images to be contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8 * 8 * 3, 10)
+
+    def forward(self, x):
+        return self.layer(x.view(len(x), -1))
+
+
+@pytest.mark.parametrize("name", ["simple-cnn", "viewed"])
+def test_autoattack_on_colour_images(name, rng):
+    """Networks whose gradient has its channels last in memory, and those that `view` images."""
+    torch.manual_seed(0)
+    net = Viewed() if name == "viewed" else nets.build(name, shape=(8, 8, 3), n_classes=10, seed=0)
+    x = rng.random((6, 8, 8, 3)).astype("float32")
+    y = net.eval()(nets.to_tensor(x)).argmax(1).numpy()
+    small = {"threat": attacks.Threat("linf", 1e-3), "step_size": 5e-4}
+    clean, pgd, auto = measure((net, x, y), attack_names=["pgd5", "autoattack"], **small)
+    assert 0 < auto.accuracy <= pgd.accuracy <= clean.accuracy == 1  # so every part of it ran
+
+
 def test_autoattack_on_a_kernel_machine_and_in_the_l2_ball(case):
     machine, x, y = case
     outcomes = measure(
