@@ -234,7 +234,7 @@ def evidence(diagnoses):
     for title, one in diagnoses.items():
         values = [100 * v for v in one.sweep.values()]
         right.plot(list(one.sweep), values, marker=".", label=title)
-    right.set(xlabel="attack radius", ylabel="accuracy under PGD (%)", ylim=(-2, 102))
+    right.set(xlabel="attack radius", ylabel="accuracy under PGD (%)", ylim=(-2, 102), xscale="log")
     right.set_title("a growing ball")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
