@@ -213,31 +213,23 @@ def evidence(diagnoses):
     Args:
       diagnoses: {title: `diagnose.Diagnosis`}.
     """
-    titles, found = list(diagnoses), list(diagnoses.values())
+    found = list(diagnoses.values())
     attacks = list(dict.fromkeys(name for one in found for name in one.broken))
-    shares = np.array([[one.broken.get(name, np.nan) for name in attacks] for one in found])
+    radii = sorted({radius for one in found for radius in one.sweep})
     names = [f"{title}\n{one.verdict}" for title, one in diagnoses.items()]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(5 + 0.55 * len(attacks), 2.6 + 0.42 * len(titles)), layout="constrained",
-        width_ratios=(0.55 * len(attacks) + 1.5, 4.5),
+        1, 2, sharey=True, layout="constrained", width_ratios=(len(attacks), len(radii)),
+        figsize=(4 + 0.58 * (len(attacks) + len(radii)), 2.6 + 0.42 * len(found)),
     )  # fmt: skip
-    left.imshow(100 * shares, cmap="Reds", vmin=0, vmax=100, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        if np.isfinite(share):
-            left.text(
-                column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                color="white" if share > 0.6 else "black",
-            )  # fmt: skip
+    _heat(left, [[one.broken.get(name, np.nan) for name in attacks] for one in found], "Reds")
     left.set_xticks(range(len(attacks)), attacks, rotation=40, ha="right")
-    left.set_yticks(range(len(titles)), names)
+    left.set_yticks(range(len(found)), names)
     left.set_title("claimed images that each attack breaks")
-    for title, one in diagnoses.items():
-        values = [100 * v for v in one.sweep.values()]
-        right.plot(list(one.sweep), values, marker=".", label=title)
-    right.set(xlabel="attack radius", ylabel="accuracy under PGD (%)", ylim=(-2, 102), xscale="log")
-    right.set_title("a growing ball")
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    _heat(right, [[one.sweep.get(radius, np.nan) for radius in radii] for one in found], "Blues")
+    labels = [f"{radius:.3g}" for radius in radii]
+    right.set_xticks(range(len(radii)), labels, rotation=40, ha="right")
+    right.set(title="PGD accuracy, growing ball", xlabel="attack radius")
+    right.tick_params(left=False)
     return figure
 
 
@@ -265,6 +257,17 @@ def _panels(count, **options):
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
+
+
+def _heat(axis, shares, colours):
+    """A table of shares between 0 and 1, coloured; NaN stays empty."""
+    axis.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+        if np.isfinite(share):
+            axis.text(
+                column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
+                color="white" if share > 0.6 else "black",
+            )  # fmt: skip
 
 
 def _image(axis, image):

@@ -289,11 +289,11 @@ display(Markdown(records.table([mine], tables=("8", "10"))))
 # %% [markdown]
 # ## Why: one figure and one table
 #
-# On the left, each line is a model and each column an attack that PGD's survivors were given to. A
-# genuine line is pale. On the right, accuracy under PGD when the ball grows: at radius 1 (l_inf)
-# every image can be turned into every other, so a curve that does not come down belongs to an
-# attack that does not see. Models of which hardly anything is claimed (nearly all images fall to
-# PGD already) are left out.
+# Each line is a model. Red: each column is an attack that PGD's survivors were given to, and a
+# genuine line is pale. Blue: accuracy under PGD when the ball grows. At radius 1 (l_inf) every
+# image can be turned into every other, so a line that stays blue to the end belongs to an attack
+# that does not see. Models of which hardly anything is claimed (nearly all images fall to PGD
+# already) are left out.
 
 # %%
 claimed = {

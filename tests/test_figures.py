@@ -97,6 +97,7 @@ def test_evidence_shows_attacks_and_the_sweep():
 
     class Other(Found):
         verdict, broken = "genuine", {"noise": 0.1, "from kernel": 0.2}
+        sweep = {0.1: 0.5}
 
     left, right = figures.evidence({"net": Found, "other": Other}).axes
     assert [label.get_text() for label in left.get_xticklabels()] == [
@@ -104,7 +105,8 @@ def test_evidence_shows_attacks_and_the_sweep():
     ]  # fmt: skip
     assert left.get_yticklabels()[0].get_text() == "net\nmasked"
     assert sorted(text.get_text() for text in left.texts) == ["0%", "10%", "20%", "75%"]
-    np.testing.assert_allclose(right.lines[0].get_xydata(), [(0.1, 90), (1, 90)])
+    assert [label.get_text() for label in right.get_xticklabels()] == ["0.1", "1"]
+    np.testing.assert_allclose(right.images[0].get_array().filled(-1), [[0.9, 0.9], [0.5, -1]])
 
 
 def test_inverted_images(rng):
