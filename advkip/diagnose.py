@@ -42,12 +42,16 @@ class Diagnosis(NamedTuple):
     broken: dict  # {attack: share of the claimed images that it breaks}
     sweep: dict  # {radius: accuracy under PGD, worst case over the radii so far}
     gradients: dict  # {"right", "wrong"}: mean input-gradient norm of such images; None: no such
+    rounded: dict  # {"partly", "wholly"}: share of images read right, log-odds > ROUNDED, LOST
+    log_odds: np.ndarray  # (n,): of the right class, large where the model is sure
+    withstood: np.ndarray  # bool (n,): the claimed images
     left: np.ndarray  # bool (n,): images that withstood everything
 
     def to_dict(self):
         """Plain JSON values, without the images."""
         fields = self._asdict()
-        fields.pop("left")
+        for images in ("log_odds", "withstood", "left"):
+            fields.pop(images)
         fields["checks"] = [check._asdict() for check in self.checks]
         fields["sweep"] = {f"{radius:g}": value for radius, value in self.sweep.items()}
         return fields
@@ -120,6 +124,8 @@ class _Case:
         self.checks, self.broken, self.sweep = [], {}, {}
         logits, again = (self.wrapped.logits(x) for _ in range(2))
         self.n_classes = logits.shape[1]
+        wide = torch.tensor(logits, dtype=torch.float64)
+        self.log_odds = -torch_attacks.log_odds(wide, torch.as_tensor(self.y)).numpy()
         self.random = not np.allclose(logits, again, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
         changed = (logits.argmax(1) != again.argmax(1)).mean()
         self.add(
@@ -220,6 +226,7 @@ class _Case:
         pgd, net, precise = self.pgd, self.net, self.precise
         again = {
             "more steps": (partial(pgd, net, n_steps=2 * self.n_steps), STEADY),
+            "no rounding": (partial(pgd, net, loss="log-odds"), STEADY),
             "float64": (precise and (lambda x, y: pgd(precise, x.double(), y)), STEADY),
             "random starts": (partial(pgd, net, n_restarts=5, generator=generator), OTHER),
             "margin loss": (partial(pgd, net, loss="margin"), OTHER),
@@ -291,11 +298,15 @@ class _Case:
         name, reasons, kept = verdict.judge(
             int(self.standing.sum()), len(self.standing), len(self.y), self.checks
         )
+        sure = self.log_odds[self.clean]
+        limits = {"partly": torch_attacks.ROUNDED, "wholly": torch_attacks.LOST}
+        rounded = {key: float((sure > n).mean()) if len(sure) else 0.0 for key, n in limits.items()}
         left = self.claimed.copy()
         left[self.claimed] = self.standing
         return Diagnosis(
             name, reasons, len(self.y), float(self.clean.mean()), float(self.claimed.mean()),
-            self.left, kept, self.checks, self.broken, self.sweep, self.norms, left,
+            self.left, kept, self.checks, self.broken, self.sweep, self.norms, rounded,
+            self.log_odds, self.claimed, left,
         )  # fmt: skip
 
     # How

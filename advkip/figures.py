@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
+FAINT = 0.1  # log-odds that are shown as this at least
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
 
 
@@ -230,6 +231,39 @@ def evidence(diagnoses):
     right.set_xticks(range(len(radii)), labels, rotation=40, ha="right")
     right.set(title="PGD accuracy, growing ball", xlabel="attack radius")
     right.tick_params(left=False)
+    return figure
+
+
+def rounding(diagnoses, *, rounded, lost):
+    """How sure each model is of the images it reads correctly, and which of them PGD leaves.
+
+    Args:
+      diagnoses: {title: `diagnose.Diagnosis`}.
+      rounded, lost: log-odds beyond which float32 loses a part of the gradient, and all of it.
+    """
+    found = list(diagnoses.values())
+    figure, axis = plt.subplots(figsize=(9, 1.8 + 0.42 * len(found)), layout="constrained")
+    spread = np.random.default_rng(0).uniform(-0.3, 0.3, max(one.n for one in found))
+    for withstood, colour, label in (
+        (False, "#8c8c8c", "PGD finds an adversarial image"),
+        (True, COLOURS["pgd"], "PGD finds none"),
+    ):
+        for row, one in enumerate(found):
+            shown = (one.log_odds > 0) & (one.withstood == withstood)
+            axis.scatter(
+                one.log_odds[shown].clip(FAINT), row + spread[: one.n][shown], s=9, alpha=0.7,
+                color=colour, linewidths=0, label=label if row == 0 else None,
+            )  # fmt: skip
+    largest = 1.5 * max(2 * lost, *(one.log_odds.max() for one in found))
+    axis.axvspan(rounded, lost, color=COLOURS["fgsm"], alpha=0.15, linewidth=0)
+    axis.axvspan(lost, largest, color=COLOURS["pgd"], alpha=0.15, linewidth=0)
+    axis.set(
+        xscale="log", xlim=(FAINT / 1.5, largest), ylim=(len(found) - 0.5, -0.5),
+        xlabel="log-odds of the right class: how sure the model is",
+        title="what float32 leaves of the gradient: all | the wrong classes' part | nothing",
+    )  # fmt: skip
+    axis.set_yticks(range(len(found)), [f"{t}\n{one.verdict}" for t, one in diagnoses.items()])
+    figure.legend(loc="outside lower center", ncols=2, markerscale=2)
     return figure
 
 

@@ -4,6 +4,8 @@ Images are (n, C, H, W) tensors in [0, 1]; logits are (n, classes). A network is
 so put it into evaluation mode first.
 """
 
+import math
+
 import torch
 
 from advkip.attacks import check_numbers
@@ -49,7 +51,25 @@ def dlr(logits, y):
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-LOSSES = {"cross-entropy": cross_entropy, "mse": mse, "margin": margin, "dlr": dlr}
+def log_odds(logits, y):
+    """log((1 - p) / p) of the softmax p of the right class, shape (n,); y integers (n,).
+
+    The cross-entropy is log(1 + exp(log_odds)), so both have gradients of one direction, and PGD,
+    which moves by signs (l_inf) or unit vectors (l2), takes the same steps on either: with this one
+    as if there were no rounding. The cross-entropy's gradient in the right logit, p - 1, is 0 in
+    float32 from log-odds of -ROUNDED on, the others are 0 from -LOST on (a loss of gradient that
+    Carlini and Wagner 2017 and Croce and Hein 2020, section 4.1, describe).
+    """
+    right = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(right, -torch.inf).logsumexp(1) - logits[right]
+
+
+ROUNDED, LOST = 24 * math.log(2), 150 * math.log(2)
+"""Log-odds of the right class, 17 and 104: in float32, 1 + exp(-ROUNDED) is 1, exp(-LOST) is 0."""
+
+LOSSES = {
+    "cross-entropy": cross_entropy, "mse": mse, "margin": margin, "dlr": dlr, "log-odds": log_odds,
+}  # fmt: skip
 
 
 def input_gradient(net, x, y, *, loss="cross-entropy"):
@@ -77,7 +97,7 @@ def pgd(
       x: clean images in [threat.low, threat.high]; y: integers (n,) or distributions (n, C).
       threat: an `attacks.Threat`.
       n_steps, step_size: step_size in pixel units.
-      loss: a key of LOSSES, what is maximised; 'margin' and 'dlr' want integers.
+      loss: a key of LOSSES, what is maximised; 'margin', 'dlr', 'log-odds' want integers.
       n_restarts: keeps, per image, the run with a wrong prediction, else the largest loss.
       generator: a torch generator for random starts; None starts from the image itself.
 

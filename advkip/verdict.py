@@ -32,8 +32,9 @@ NOTHING, FEW = 0.05, 10
 """A share of all images that is no claim; a number of claimed images that says little."""
 
 STEADY = 0.05
-"""Share of images that more steps, float64 or PGD's own way may break, that attacks without a
-gradient may break beyond the white-box attacks, or that may have a wrong gradient or order."""
+"""Share of images that more steps, exact arithmetic or PGD's own way may break, that attacks
+without a gradient may break beyond the white-box attacks, or that may have a wrong gradient or
+order."""
 
 OTHER = 1 - GENUINE
 """Share of the claimed images that one other white-box attack may break: GENUINE again."""
@@ -41,7 +42,9 @@ OTHER = 1 - GENUINE
 CHANCE = 0.1
 """Accuracy above chance that PGD may leave in a ball that holds a grey image."""
 
-BLINDNESS = {"zero gradients", "vanishing gradients", "true gradients", "large radius"}
+BLINDNESS = {
+    "zero gradients", "vanishing gradients", "true gradients", "large radius", "no rounding",
+}  # fmt: skip
 """Checks that show, when they fail, that PGD's figure says nothing about the model."""
 
 UNSEEN = {"noise", "transfer", "gradient-free"}

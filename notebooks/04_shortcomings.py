@@ -75,6 +75,7 @@ from advkip import (
     kernels,
     krr,
     records,
+    torch_attacks,
     training,
 )
 from advkip.config import Experiment
@@ -218,10 +219,11 @@ machines = {
 # ## The diagnosis
 #
 # A figure for robustness says that *this* attack found nothing. So each model is asked again. Of
-# the images that withstand FGSM and PGD, which fall when the attack uses another loss, rescaled
-# logits, float64, more steps, random starts; when it uses no gradient at all; when the adversarial
-# image comes from another model; when it is mere noise? Any such image was never robust. Are there
-# gradients to follow? Does accuracy fall to chance when the attacker may do anything?
+# the images that withstand FGSM and PGD, which fall when the attack loses nothing to rounding, uses
+# another loss, rescaled logits, float64, more steps, random starts; when it uses no gradient at
+# all; when the adversarial image comes from another model; when it is mere noise? Any such image
+# was never robust. Are there gradients to follow? Does accuracy fall to chance when the attacker
+# may do anything?
 # (`advkip.diagnose` states the thresholds and where they come from.)
 
 # %%
@@ -305,6 +307,25 @@ display(
     Markdown(records.checks_table({titles[key]: one.to_dict() for key, one in diagnoses.items()}))
 )
 
+# %% [markdown]
+# ## How far rounding explains it
+#
+# PGD climbs the cross-entropy. With p the softmax of the right class, its gradient is p - 1 in the
+# right logit, and the other classes' softmax in theirs. A computer rounds. In float32, p - 1 is 0
+# as soon as the log-odds of the right class exceed 17: the attack still raises wrong logits, and no
+# longer lowers the right one, so it may climb the wrong hill. Beyond 104 the other classes' softmax
+# is 0 as well, and nothing is left to climb. Below, each dot is a correctly read test image.
+#
+# *No rounding*, in the figure and the table above, is the same PGD with the same direction,
+# computed from the log-odds, log((1 - p) / p), whose gradient is parallel to the cross-entropy's
+# and does not round to 0 (`torch_attacks.log_odds`). Robustness that is gone then was a property of
+# floating-point numbers.
+
+# %%
+if claimed:
+    limits = {"rounded": torch_attacks.ROUNDED, "lost": torch_attacks.LOST}
+    display(figures.save(figures.rounding(claimed, **limits), output, "rounding"))
+
 # %%
 for key, found in diagnoses.items():
     print(f"{titles[key]}: {found.verdict}")
@@ -331,15 +352,16 @@ for trained in (one for found in searches.values() for one in found.best):
 #    statement about PGD.
 # 2. **There is nothing to follow.** Training on a small set goes on long after every image of it
 #    is fitted. The weights grow, and with them the logits; the softmax of a correctly read image
-#    comes so close to 0 and 1 that its gradient is tiny, or exactly 0 in float32 (*zero
-#    gradients*, Figure 2). PGD moves by the sign of the gradient, and the sign of 0 is 0: the image
-#    stays where it is and counts as robust. Even in a ball that holds every image there is, PGD
-#    leaves accuracy as it was (*large radius*), which no robust classifier can show.
-# 3. **The adversarial images are there.** The same PGD finds them as soon as it maximises the
-#    margin of the logits instead of the saturated cross-entropy, or the logits are rescaled. In the
-#    figure, an attack that never looks at a gradient finds them as well (*square*), and so do
-#    adversarial images of a model that has nothing to do with this one (*from kernel*). The
-#    table's last three checks are stricter: they count what such attacks find *beyond* all others.
+#    comes so close to 0 and 1 that float32 rounds its gradient: first the right class's part, then
+#    all of it (*zero gradients*, Figure 2). PGD moves by the sign of the gradient, and the sign of
+#    0 is 0: the image stays where it is and counts as robust. Even in a ball that holds every image
+#    there is, PGD leaves accuracy as it was (*large radius*), which no robust classifier can show.
+# 3. **The adversarial images are there.** The same PGD finds them as soon as its gradient is not
+#    rounded (*no rounding*), or when it maximises the margin of the logits, or the logits are
+#    rescaled. In the figure, an attack that never looks at a gradient finds them as well
+#    (*square*), and so do adversarial images of a model that has nothing to do with this one (*from
+#    kernel*). The table's last three checks are stricter: they count what such attacks find
+#    *beyond* all others.
 # 4. **It is not particular to distilled data.** Look at original images, same network, same
 #    recipe. What hides the gradients is long training on few images at a large learning rate, and
 #    choosing by PGD accuracy *selects* for it.

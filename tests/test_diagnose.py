@@ -122,10 +122,11 @@ def in_numpy(x):
 NO_GRADIENT = {"zero gradients", "large radius", "gradient-free"}
 PLANTED = {
     "saturated logits": (lambda t: Masked(t["plain"], after=lambda z: 1e4 * z), {
-        "zero gradients", "large radius", "margin loss", "DLR loss", "rescaled logits",
-        "AutoAttack"}),
+        "zero gradients", "large radius", "no rounding", "margin loss", "DLR loss",
+        "rescaled logits", "AutoAttack"}),
     "temperature": (lambda t: t["cooled"], {
-        "zero gradients", "vanishing gradients", "large radius", "float64", "margin loss"}),
+        "zero gradients", "vanishing gradients", "large radius", "no rounding", "float64",
+        "margin loss"}),
     "quantised input": (lambda t: Masked(t["plain"], lambda x: (4 * x).round() / 4), NO_GRADIENT),
     "no gradient": (lambda t: Masked(t["plain"], lambda x: x.detach()), NO_GRADIENT),
     "another framework": (lambda t: Masked(t["plain"], in_numpy), NO_GRADIENT),
@@ -152,6 +153,19 @@ def test_hidden_gradients_are_found(trained, name):
     assert found.reasons[-1] == "gradients are hidden from PGD"
 
 
+def test_what_rounding_hides_is_found_without_it(trained):
+    """Logits times 10 and 1e4: a part of the gradient goes, then all; the same images fall."""
+    undefended = run(trained["plain"], parts=())
+    found = [run(Masked(trained["plain"], after=lambda z, k=k: k * z), parts=()) for k in (10, 1e4)]
+    for one in found:
+        assert one.claimed > undefended.claimed + 0.3
+        assert "no rounding" in failed(one)
+        assert one.claimed * (1 - one.broken["no rounding"]) <= undefended.claimed + 0.1
+    assert found[0].rounded["partly"] > found[0].rounded["wholly"] + 0.3
+    assert found[1].rounded["wholly"] > 0.9
+    assert undefended.rounded["wholly"] == 0
+
+
 def test_an_undefended_network_hides_nothing(trained):
     found = run(trained["plain"], sources={"other": trained["other"]})
     assert (found.verdict, found.kept) == ("genuine", None)
@@ -171,12 +185,16 @@ def test_an_adversarially_trained_network_is_genuine(trained):
     assert found.sweep[1.0] == 0
     assert list(found.sweep.values()) == sorted(found.sweep.values(), reverse=True)
     assert found.strong == pytest.approx(found.left.mean())
+    assert found.broken["no rounding"] <= 0.05
+    assert found.rounded == {"partly": 0, "wholly": 0}
+    assert found.withstood.mean() == pytest.approx(found.claimed)
+    assert ((found.log_odds > 0) >= found.withstood).all()
     # every check of the list was asked, and passed
     assert {check.name for check in found.checks} == {
         "repeatable", "order", "zero gradients", "vanishing gradients", "true gradients",
         "large radius", "more steps", "random starts", "margin loss", "DLR loss",
-        "rescaled logits", "float64", "silent success", "noise", "transfer", "AutoAttack",
-        "gradient-free",
+        "rescaled logits", "no rounding", "float64", "silent success", "noise", "transfer",
+        "AutoAttack", "gradient-free",
     }  # fmt: skip
     assert all(check.passed for check in found.checks)
 

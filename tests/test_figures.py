@@ -109,6 +109,23 @@ def test_evidence_shows_attacks_and_the_sweep():
     np.testing.assert_allclose(right.images[0].get_array().filled(-1), [[0.9, 0.9], [0.5, -1]])
 
 
+def test_rounding_shows_how_sure_of_what_pgd_leaves():
+    class Found:
+        verdict, n = "masked", 4
+        log_odds = np.array([0.01, 50, 200, -3])
+        withstood = np.array([False, True, True, False])
+
+    figure = figures.rounding({"net": Found, "other": Found}, rounded=17, lost=104)
+    (axis,) = figure.axes
+    falls, other_falls, stays, _ = (points.get_offsets() for points in axis.collections)
+    np.testing.assert_allclose(falls[:, 0], [0.1])  # drawn at the edge; the wrong one is not
+    np.testing.assert_allclose(stays[:, 0], [50, 200])
+    assert abs(stays[:, 1]).max() < 0.4 < other_falls[:, 1].min()
+    assert axis.get_yticklabels()[1].get_text() == "other\nmasked"
+    assert axis.get_xlim()[1] > 200
+    figure.canvas.draw()
+
+
 def test_inverted_images(rng):
     images = rng.random((3, 5, 8, 8, 1))
     figure = figures.inverted_images(*images)

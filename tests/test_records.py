@@ -136,7 +136,8 @@ class Found:
         ]
         return {"verdict": self.verdict, "kept": self.kept, "clean": 0.9, "claimed": 0.6,
                 "strong": 0.1, "checks": checks,
-                "gradients": {"right": 0.012, "wrong": None}}  # fmt: skip
+                "gradients": {"right": 0.012, "wrong": None},
+                "rounded": {"partly": 0.4, "wholly": 0.0}}  # fmt: skip
 
 
 def test_verdicts_stand_beside_their_accuracies(tmp_path):
@@ -192,6 +193,8 @@ def test_the_table_of_checks():
     assert "| order (at most 5%) | 0% | 0% |" in lines
     assert "| mean gradient norm, images read right | 0.012 | 0.012 |" in lines
     assert "| mean gradient norm, images read wrong | - | - |" in lines
+    assert "| gradient rounded in part, of images read right | 40% | 40% |" in lines
+    assert "| gradient rounded to 0, of images read right | 0% | 0% |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
 
 

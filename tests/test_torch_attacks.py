@@ -139,6 +139,33 @@ def test_margin_and_dlr():
     torch.testing.assert_close(torch_attacks.dlr(1e3 * logits, y), torch_attacks.dlr(logits, y))
 
 
+def test_log_odds_are_the_cross_entropy_without_rounding():
+    logits = torch.tensor([[5.0, 1.0, 3.0, 0.0], [0.0, 2.0, -1.0, -6.0]], dtype=torch.float64)
+    y = torch.tensor([0, 3])
+    p = logits.softmax(1)[torch.arange(2), y]
+    odds = torch_attacks.log_odds(logits, y)
+    torch.testing.assert_close(odds, ((1 - p) / p).log())
+    torch.testing.assert_close(torch_attacks.cross_entropy(logits, y), odds.exp().log1p())
+
+    def directions(logits, dtype):
+        z = logits.to(dtype).requires_grad_()
+        for loss in (torch_attacks.cross_entropy, torch_attacks.log_odds):
+            (gradient,) = torch.autograd.grad(loss(z, y).sum(), z)
+            yield gradient.double() / gradient.double().norm(dim=1, keepdim=True)
+
+    for one in directions(logits, torch.float64):
+        torch.testing.assert_close(one, next(directions(logits, torch.float64)))
+    for gap, right in ((15, True), (18, False), (100, False)):
+        z = torch.zeros(2, 4).scatter(1, y[:, None], gap + torch.tensor(3.0).log().item())
+        rounded, exact = directions(z, torch.float32)
+        torch.testing.assert_close(exact[0], torch.tensor([-3, 1.0, 1, 1]).double() / 12**0.5)
+        assert (rounded[0, 0] != 0) == right  # beyond -ROUNDED the right class has no share
+        assert (rounded[0, 1:] > 0).all()
+    lost = next(directions(torch.zeros(2, 4).scatter(1, y[:, None], 105.0), torch.float32))
+    assert not torch.nan_to_num(lost).any()
+    assert 16 < torch_attacks.ROUNDED < 18 < 100 < torch_attacks.LOST < 105
+
+
 def test_saturated_logits_stop_cross_entropy_and_not_the_margin(case):
     net, x, _ = case
     with torch.no_grad():
