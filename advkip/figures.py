@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
-FAINT = 0.1  # log-odds that are shown as this at least
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
 
 
@@ -245,22 +244,24 @@ def rounding(diagnoses, *, rounded, lost):
     figure, axis = plt.subplots(figsize=(9, 1.8 + 0.42 * len(found)), layout="constrained")
     spread = np.random.default_rng(0).uniform(-0.3, 0.3, max(one.n for one in found))
     for withstood, colour, label in (
-        (False, "#8c8c8c", "PGD finds an adversarial image"),
-        (True, COLOURS["pgd"], "PGD finds none"),
+        (False, "#8c8c8c", "FGSM or PGD finds an adversarial image"),
+        (True, COLOURS["pgd"], "neither does"),
     ):
         for row, one in enumerate(found):
-            shown = (one.log_odds > 0) & (one.withstood == withstood)
+            shown = one.right & (one.withstood == withstood)
             axis.scatter(
-                one.log_odds[shown].clip(FAINT), row + spread[: one.n][shown], s=9, alpha=0.7,
+                one.log_odds[shown], row + spread[: one.n][shown], s=9, alpha=0.7,
                 color=colour, linewidths=0, label=label if row == 0 else None,
             )  # fmt: skip
     largest = 1.5 * max(2 * lost, *(one.log_odds.max() for one in found))
+    axis.set_xscale("symlog", linthresh=3)
     axis.axvspan(rounded, lost, color=COLOURS["fgsm"], alpha=0.15, linewidth=0)
     axis.axvspan(lost, largest, color=COLOURS["pgd"], alpha=0.15, linewidth=0)
+    smallest = min(-3, *(one.log_odds[one.right].min(initial=0) for one in found))
     axis.set(
-        xscale="log", xlim=(FAINT / 1.5, largest), ylim=(len(found) - 0.5, -0.5),
+        xlim=(smallest, largest), ylim=(len(found) - 0.5, -0.5),
         xlabel="log-odds of the right class: how sure the model is",
-        title="what float32 leaves of the gradient: all | the wrong classes' part | nothing",
+        title="float32 leaves of the gradient: nearly all | the wrong classes' part | nothing",
     )  # fmt: skip
     axis.set_yticks(range(len(found)), [f"{t}\n{one.verdict}" for t, one in diagnoses.items()])
     figure.legend(loc="outside lower center", ncols=2, markerscale=2)

@@ -303,9 +303,9 @@ def checks_table(diagnoses):
                 *("-" if n is None else f"{n:.2g}" for n in norms),
             ]
         )
-    for key, part in (("partly", "in part"), ("wholly", "to 0")):
+    for key, part in (("partly", "at least in part"), ("wholly", "to 0")):
         shares = (f"{one['rounded'][key]:.0%}" for one in found)
-        lines.append([f"gradient rounded {part}, of images read right", *shares])
+        lines.append([f"images read right whose gradient float32 rounds {part}", *shares])
     for name in checks:
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)

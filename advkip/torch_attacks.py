@@ -55,10 +55,10 @@ def log_odds(logits, y):
     """log((1 - p) / p) of the softmax p of the right class, shape (n,); y integers (n,).
 
     The cross-entropy is log(1 + exp(log_odds)), so both have gradients of one direction, and PGD,
-    which moves by signs (l_inf) or unit vectors (l2), takes the same steps on either: with this one
-    as if there were no rounding. The cross-entropy's gradient in the right logit, p - 1, is 0 in
-    float32 from log-odds of -ROUNDED on, the others are 0 from -LOST on (a loss of gradient that
-    Carlini and Wagner 2017 and Croce and Hein 2020, section 4.1, describe).
+    which moves by signs (l_inf) or unit vectors (l2), takes the same steps on either. But in
+    float32 the cross-entropy's gradient in the right logit, p - 1, is 0 at log-odds of -ROUNDED at
+    the latest, and in the others at -LOST (Carlini and Wagner 2017; Croce and Hein 2020, section
+    4.1); this one's is not.
     """
     right = torch.nn.functional.one_hot(y, logits.shape[1]).bool()
     return logits.masked_fill(right, -torch.inf).logsumexp(1) - logits[right]

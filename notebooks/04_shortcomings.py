@@ -312,14 +312,15 @@ display(
 #
 # PGD climbs the cross-entropy. With p the softmax of the right class, its gradient is p - 1 in the
 # right logit, and the other classes' softmax in theirs. A computer rounds. In float32, p - 1 is 0
-# as soon as the log-odds of the right class exceed 17: the attack still raises wrong logits, and no
-# longer lowers the right one, so it may climb the wrong hill. Beyond 104 the other classes' softmax
-# is 0 as well, and nothing is left to climb. Below, each dot is a correctly read test image.
+# when the log-odds of the right class exceed 17, at the latest: the attack still raises wrong
+# logits, and no longer lowers the right one, so it may climb the wrong hill. Beyond 104 the other
+# classes' softmax is 0 as well, and nothing is left to climb. Below, each dot is a correctly read
+# test image.
 #
-# *No rounding*, in the figure and the table above, is the same PGD with the same direction,
-# computed from the log-odds, log((1 - p) / p), whose gradient is parallel to the cross-entropy's
-# and does not round to 0 (`torch_attacks.log_odds`). Robustness that is gone then was a property of
-# floating-point numbers.
+# *No rounding*, in the figure and the table above, is the same PGD, with its gradient computed from
+# the log-odds, log((1 - p) / p). It is parallel to that of the cross-entropy, and does not round to
+# 0 (`torch_attacks.log_odds`). What it breaks was never robust; that it breaks next to nothing
+# where nothing is rounded, as after adversarial training, shows that it is no other attack.
 
 # %%
 if claimed:

@@ -188,7 +188,8 @@ def test_an_adversarially_trained_network_is_genuine(trained):
     assert found.broken["no rounding"] <= 0.05
     assert found.rounded == {"partly": 0, "wholly": 0}
     assert found.withstood.mean() == pytest.approx(found.claimed)
-    assert ((found.log_odds > 0) >= found.withstood).all()
+    assert found.right.mean() == pytest.approx(found.clean)
+    assert (found.right >= found.withstood).all()
     # every check of the list was asked, and passed
     assert {check.name for check in found.checks} == {
         "repeatable", "order", "zero gradients", "vanishing gradients", "true gradients",
@@ -205,6 +206,7 @@ def test_a_little_noise_makes_no_robust_network_masked(trained):
     assert {c.name: c.value for c in found.checks}["repeatable"] == 1
     assert not failed(found)
     assert found.kept[0] >= 0.8
+    assert {c.name: c.value for c in found.checks}["no rounding"] is None
 
 
 def test_a_weak_claim_is_told_from_a_hidden_gradient(trained):
@@ -221,6 +223,10 @@ def test_a_weak_claim_is_told_from_a_hidden_gradient(trained):
     assert found.sweep[1.0] < 0.1
     assert found.gradients["right"] > 0
     assert "float64" in found.broken
+    sure = found.log_odds[found.right]
+    assert sure.max() < 3
+    assert (sure < 0).any()  # right with a softmax below 1/2
+    assert {c.name: c.value for c in found.checks}["no rounding"] == 0
 
 
 def test_the_verdict_is_deterministic(trained, tmp_path):
@@ -293,6 +299,7 @@ def checks(*failed, unasked=()):
         ((49, 100, 100), checks(), "masked"),
         ((60, 100, 100), checks(), "inconclusive"),
         ((60, 100, 100), checks("zero gradients"), "masked"),
+        ((60, 100, 100), checks("no rounding"), "masked"),
         ((69, 100, 100), checks("large radius"), "masked"),
         ((12, 18, 100), checks("large radius"), "masked"),
         ((7, 10, 100), checks("large radius"), "inconclusive"),

@@ -112,17 +112,18 @@ def test_evidence_shows_attacks_and_the_sweep():
 def test_rounding_shows_how_sure_of_what_pgd_leaves():
     class Found:
         verdict, n = "masked", 4
-        log_odds = np.array([0.01, 50, 200, -3])
+        log_odds = np.array([-0.5, 50, 200, 0.2])  # right with a softmax below 1/2, and wrong above
+        right = np.array([True, True, True, False])
         withstood = np.array([False, True, True, False])
 
     figure = figures.rounding({"net": Found, "other": Found}, rounded=17, lost=104)
     (axis,) = figure.axes
     falls, other_falls, stays, _ = (points.get_offsets() for points in axis.collections)
-    np.testing.assert_allclose(falls[:, 0], [0.1])  # drawn at the edge; the wrong one is not
+    np.testing.assert_allclose(falls[:, 0], [-0.5])
     np.testing.assert_allclose(stays[:, 0], [50, 200])
     assert abs(stays[:, 1]).max() < 0.4 < other_falls[:, 1].min()
     assert axis.get_yticklabels()[1].get_text() == "other\nmasked"
-    assert axis.get_xlim()[1] > 200
+    assert axis.get_xlim()[0] < -0.5 < 200 < axis.get_xlim()[1]
     figure.canvas.draw()
 
 

@@ -193,8 +193,10 @@ def test_the_table_of_checks():
     assert "| order (at most 5%) | 0% | 0% |" in lines
     assert "| mean gradient norm, images read right | 0.012 | 0.012 |" in lines
     assert "| mean gradient norm, images read wrong | - | - |" in lines
-    assert "| gradient rounded in part, of images read right | 40% | 40% |" in lines
-    assert "| gradient rounded to 0, of images read right | 0% | 0% |" in lines
+    assert (
+        "| images read right whose gradient float32 rounds at least in part | 40% | 40% |" in lines
+    )
+    assert "| images read right whose gradient float32 rounds to 0 | 0% | 0% |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
 
 
