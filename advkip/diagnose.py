@@ -307,8 +307,9 @@ class _Case:
 
     def conclusion(self):
         name, reasons, kept = verdict.judge(
-            int(self.standing.sum()), len(self.standing), len(self.y), self.checks
-        )
+            int(self.standing.sum()), len(self.standing), len(self.y), self.checks,
+            constant=bool(self.clean.sum() <= np.bincount(self.y).max()),
+        )  # fmt: skip
         sure = self.log_odds[self.clean]
         limits = {"partly": torch_attacks.ROUNDED, "wholly": torch_attacks.LOST}
         rounded = {key: float((sure > n).mean()) if len(sure) else 0.0 for key, n in limits.items()}

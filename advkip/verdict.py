@@ -9,8 +9,9 @@ is *left* decides, and the checks (`diagnose`) tell why:
                    the interval ends below SHAKEN, and a check shows that PGD cannot see the model
                    (BLINDNESS). The reasons say whether gradients are hidden or PGD was only weak
     genuine        at least GENUINE are left, the interval begins above MASKED, no check fails, and
-                   AutoAttack and an attack without gradients were tried; or hardly any image was
-                   claimed (at most NOTHING of all), so there is nothing to hide
+                   AutoAttack and an attack without gradients were tried, and the model reads more
+                   images than one constant answer would, which withstands everything; or hardly
+                   any image was claimed (at most NOTHING of all), so there is nothing to hide
     inconclusive   anything else, among it fewer than FEW claimed images
 
 Where the numbers come from. Adversarially trained networks in the paper keep 0.78 to 0.97 of their
@@ -77,12 +78,13 @@ def interval(count, total):
     return float(found.low), float(found.high)
 
 
-def judge(n_left, n_claimed, n, checks):
+def judge(n_left, n_claimed, n, checks, *, constant=False):
     """The verdict of the module's text.
 
     Args:
       n_left, n_claimed, n: images that withstood everything, that withstood FGSM and PGD, all.
       checks: a list of `Check`.
+      constant: whether the model reads no more images than one constant answer would.
 
     Returns:
       (verdict, reasons: sentences, (share left, low, high) or None where nothing is claimed).
@@ -100,6 +102,8 @@ def judge(n_left, n_claimed, n, checks):
     reasons += [f"failed: {name}" for name in failed]
     reasons += [f"not asked: {', '.join(unasked)}"] if unasked else []
     blind = BLINDNESS & set(failed)
+    if constant:
+        reasons.append("one constant answer to all would read as many images, and withstand all")
     few = n_claimed < FEW
     proven = share < MASKED and high < GENUINE
     if not few and (proven or (blind and share < GENUINE and high < SHAKEN)):
@@ -109,7 +113,7 @@ def judge(n_left, n_claimed, n, checks):
         )  # fmt: skip
         return "masked", [*reasons, why], (share, low, high)
     good = share >= GENUINE and low > MASKED and not failed and not set(NEEDED) & set(unasked)
-    if good and not few:
+    if good and not (few or constant):
         return "genuine", reasons, (share, low, high)
     if few or (low <= MASKED and high >= GENUINE):
         reasons.append(f"{n_claimed} claimed images are too few to tell")

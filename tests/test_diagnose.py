@@ -323,6 +323,21 @@ def test_thresholds(counts, found, expected):
         assert kept[1] <= kept[0] <= kept[2]
 
 
+def test_a_constant_network_is_not_robust(trained):
+    net = copy.deepcopy(trained["plain"])
+    last = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(2.0 * (torch.arange(10) == 3))
+    found = run(net, parts=("apgd-ce", "square"))
+    assert found.claimed == found.strong == found.clean > 0.05  # more than counts as nothing
+    assert found.verdict == "inconclusive"
+    assert any("constant answer" in reason for reason in found.reasons)
+    assert verdict.judge(90, 100, 100, checks())[0] == "genuine"
+    assert verdict.judge(90, 100, 100, checks(), constant=True)[0] == "inconclusive"
+    assert verdict.judge(0, 100, 100, checks(), constant=True)[0] == "masked"
+
+
 def test_one_image_of_few_condemns_nobody():
     assert verdict.check("noise", 1, 15, 0.05, "").passed
     assert not verdict.check("noise", 15, 100, 0.05, "").passed
