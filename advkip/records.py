@@ -314,8 +314,8 @@ def checks_table(diagnoses):
 
 
 def _verdict(found):
-    """The verdict, and whether there was anything to judge."""
-    return found["verdict"] + ", nothing claimed" * (found["kept"] is None)
+    """The verdict, if there was anything to judge."""
+    return "nothing claimed" if found["kept"] is None else found["verdict"]
 
 
 def _checked_cell(check):

@@ -178,7 +178,7 @@ for net in robust_nets:
 # An attack follows the gradient of the loss. While the networks train, the loss on *correctly* read
 # test images shrinks, as it should, and the gradient with it: at some point float32 has nothing
 # left, and PGD, which starts at such an image, has nowhere to go. On wrongly read images loss and
-# gradient grow. In the paper both happens on the adv-KIP set and on robust features alike. Compare
+# gradient grow. In the paper both happen on the adv-KIP set and on robust features alike. Compare
 # with original images, and with adversarial training.
 
 # %%
@@ -349,14 +349,15 @@ for trained in (one for found in searches.values() for one in found.best):
 #
 # Take a network that is called *masked* and read its column from top to bottom.
 #
-# 1. **The claim.** Most images withstand FGSM and PGD, as in the paper's tables. That is a
+# 1. **The claim.** Many images withstand FGSM and PGD, as in the paper's tables. That is a
 #    statement about PGD.
 # 2. **There is nothing to follow.** Training on a small set goes on long after every image of it
 #    is fitted. The weights grow, and with them the logits; the softmax of a correctly read image
 #    comes so close to 0 and 1 that float32 rounds its gradient: first the right class's part, then
 #    all of it (*zero gradients*, Figure 2). PGD moves by the sign of the gradient, and the sign of
-#    0 is 0: the image stays where it is and counts as robust. Even in a ball that holds every image
-#    there is, PGD leaves accuracy as it was (*large radius*), which no robust classifier can show.
+#    0 is 0: the image stays where it is and counts as robust. Even in a ball in which every image
+#    can become grey PGD leaves accuracy far above chance (*large radius*), which no robust
+#    classifier can show.
 # 3. **The adversarial images are there.** The same PGD finds them as soon as its gradient is not
 #    rounded (*no rounding*), or when it maximises the margin of the logits, or the logits are
 #    rescaled. In the figure, an attack that never looks at a gradient finds them as well
@@ -364,11 +365,13 @@ for trained in (one for found in searches.values() for one in found.best):
 #    kernel*). The table's last three checks are stricter: they count what such attacks find
 #    *beyond* all others.
 # 4. **It is not particular to distilled data.** Look at original images, same network, same
-#    recipe. What hides the gradients is long training on few images at a large learning rate, and
-#    choosing by PGD accuracy *selects* for it.
+#    recipe. What hides the gradients is long training on few images, mostly at a large learning
+#    rate, and choosing by PGD accuracy *selects* for it.
 #
-# Then take adversarial training: other losses, precisions, steps and starts change little, and
-# accuracy comes down when the ball grows.
+# Then take a network that is called *genuine*, as simple-CNN after adversarial training on original
+# images: other losses, precisions, steps and starts change little, and accuracy comes down when the
+# ball grows. Where AutoAttack takes a third of the claim, or PGD is lost in a large ball, the
+# verdict is *inconclusive*, whatever the training.
 #
 # And take the kernel machine. It is a regression whose outputs stay near its labels, so it cannot
 # saturate, and its gradients do not vanish. What PGD's cross-entropy overlooks there is a weak

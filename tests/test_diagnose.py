@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -321,6 +322,26 @@ def test_thresholds(counts, found, expected):
     assert reasons
     if kept:
         assert kept[1] <= kept[0] <= kept[2]
+
+
+class Bright(torch.nn.Module):
+    """Class 1 from a mean of 0.95 on."""
+
+    def forward(self, x):
+        mean = x.flatten(1).mean(1)
+        return torch.stack([0.95 - mean, mean - 0.95], 1)
+
+
+def test_the_ball_is_large_once_it_holds_a_grey_image():
+    x, y = np.full((12, 4, 4, 1), 0.1, "float32"), np.zeros(12, int)
+    found = diagnose.diagnose(
+        Bright().eval(), x, y, threat=THREAT, step_size=0.05, n_steps=5, parts=(), progress=False
+    )
+    assert found.sweep[0.8] == 1
+    assert found.sweep[1.0] == 0
+    (large,) = (check for check in found.checks if check.name == "large radius")
+    assert large.value == 1
+    assert "radius 0.8" in large.text
 
 
 def test_a_constant_network_is_not_robust(trained):
