@@ -185,7 +185,7 @@ for net in robust_nets:
 shown = [
     (net, chosen, how)
     for net, chosen, how in searches
-    if net in experiment.cnns[:1]
+    if net in (experiment.cnns or experiment.fc_nets)[:1]
     and (chosen == "original" if how == "adversarial" else chosen != "kip")
 ]
 histories = {
