@@ -49,8 +49,8 @@ bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, ni
 readme: install  ## the README's results table from reports/
 	$(BIN)/python -m advkip.records README.md $$(git ls-files "reports/*/results.json")
 
-notebooks: install  ## notebooks/*.ipynb from notebooks/*.py
-	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb $$n; done
+notebooks: install  ## notebooks/*.ipynb from notebooks/*.py (cells that stay keep their ids)
+	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --update --to ipynb $$n; done
 
 clean:  ## removes .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
