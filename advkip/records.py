@@ -246,7 +246,8 @@ def commit():
 def table(records, *, tables=None, models=None):
     """Markdown: our rows of each data set, and below them the paper's for the same data set.
 
-    Records that differ in nothing but the seed are one line, mean +- standard deviation.
+    Ours are in groups: kernels, networks by name, adversarial training. Records that differ in
+    nothing but the seed are one line, mean +- standard deviation.
 
     Args:
       records: a list of records (see `read`).
@@ -270,6 +271,7 @@ def table(records, *, tables=None, models=None):
         for found in record.get("diagnoses", ()):
             line_of(found)["verdict"][found["seed"]] = _verdict(found)
     data_sets = list(dict.fromkeys(key[0] for key in lines))
+    lines = {key: lines[key] for key in sorted(lines, key=lambda key: _group(key[2], key[4]))}
     for number, data_set, model, n, trained_on, accuracies in PAPER:
         if data_set in data_sets and (tables is None or number in tables):
             source = f"paper, Table {number}"
@@ -322,6 +324,11 @@ def _checked_cell(check):
     if check is None or check["value"] is None:
         return "-"
     return f"{check['value']:.0%}" if check["passed"] else f"**{check['value']:.0%}**"
+
+
+def _group(model, trained_on):
+    """Kernels, networks by name, adversarial training."""
+    return "adversarial" in trained_on, not model.startswith("kernel:"), model
 
 
 def _trained_on(row):

@@ -2,8 +2,9 @@
 
 All files are checked before anything runs. Each notebook of an experiment is executed by
 papermill into `reports/<name>/`, next to its figures and `results.json`. A notebook that is
-finished with the same settings is skipped; one that was cut off continues from the checkpoints
-that `distill` left in that folder.
+finished with the same settings is skipped; if nothing but its prose has changed since, the executed
+copy gets the new prose. One that was cut off continues from the checkpoints that `distill` left in
+that folder.
 """
 
 import argparse
@@ -127,7 +128,9 @@ def run(experiment, reports="reports", *, force=False):
         running, failed = (folder / f"{notebook}.{s}.ipynb" for s in ("running", "failed"))
         parameters = parameters_for(notebook, experiment, folder)
         if not force and _finished(executed, notebook, parameters):
-            print(f"{executed}: finished, skipped (--force runs it again)")
+            renewed = _renew_prose(executed, notebook)
+            note = "" if renewed else ", with code that has changed since"
+            print(f"{executed}: finished{note}, skipped (--force runs it again)")
             continue
         print(f"{executed}: running", flush=True)
         try:
@@ -213,6 +216,27 @@ def _finished(executed, notebook, parameters):
         return False
     outer = [{k: v for k, v in p.items() if k not in field_names()} for p in (old, parameters)]
     return same and bool(settings(old)) == bool(settings(parameters)) and outer[0] == outer[1]
+
+
+def _renew_prose(executed, notebook):
+    """Gives a finished notebook the source's present prose if their code is the same.
+
+    Returns whether it is; outputs, and prose around other code, stay as they are.
+    """
+    old, new = nbformat.read(executed, 4), nbformat.read(source(notebook), 4)
+    cells = [c for c in old.cells if "injected-parameters" not in c.metadata.get("tags", ())]
+
+    def code(cells):
+        return [c.source if c.cell_type == "code" else None for c in cells]
+
+    if code(cells) != code(new.cells):
+        return False
+    changed = [(c, n) for c, n in zip(cells, new.cells, strict=True) if c.source != n.source]
+    for cell, renewed in changed:
+        cell.source = renewed.source
+    if changed:
+        nbformat.write(old, executed)
+    return True
 
 
 def _tidy(path):

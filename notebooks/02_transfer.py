@@ -18,8 +18,8 @@
 # distilled set is handed to ordinary fully connected networks with ordinary training. Tables 3 and
 # 4, and the sensitivity to the learning rate.*
 #
-# With the defaults below: about a minute on a CPU. `params/mnist-fc3-5k.yaml`: see the README.
-# `params/paper/`: GPUs.
+# With the defaults below: about a minute on a CPU. The real run, `params/mnist-fc3-5k.yaml`, says
+# in its first lines how long it takes. `params/paper/`: GPUs.
 #
 # The paper's figures to compare with (test accuracy, %; networks of width 1024):
 #

@@ -18,8 +18,8 @@
 # that a fully connected kernel made is handed to convolutional networks. Tables 5, 6 and 7; Figure
 # 3.*
 #
-# With the defaults below: about a minute on a CPU. `params/mnist-fc3-5k.yaml` and
-# `params/cifar10-fc3-5k.yaml`: see the README. `params/paper/`: GPUs.
+# With the defaults below: about a minute on a CPU. The real runs, `params/mnist-fc3-5k.yaml` and
+# `params/cifar10-fc3-5k.yaml`, say in their first lines how long they take. `params/paper/`: GPUs.
 #
 # The paper's figures to compare with (test accuracy, %):
 #
@@ -203,6 +203,7 @@ for results in outcomes.values():
 # what one gets for nothing, and adversarial training, which shows that the attacks here can see
 # real robustness when it is there: accuracy under AutoAttack stays close to that under PGD.
 #
-# Now compare PGD and AutoAttack for the network on the distilled set. If PGD fails where AutoAttack
-# succeeds, then adversarial examples exist all the same, and the network has learned to hide the
-# gradients that lead to them. The data taught it to look robust.
+# Now compare PGD and AutoAttack for the networks with plain training. If PGD fails where AutoAttack
+# succeeds, then adversarial examples exist all the same, and PGD does not find the way to them. How
+# that comes about, and whether it is particular to the distilled set, is the subject of the next
+# notebook.

@@ -88,6 +88,8 @@ def test_networks_in_the_table(tmp_path):
     recorder.add(outcomes[:1], **distilled, seed=1)
     recorder.add(outcomes, **settings, trained_on="original", training="adversarial")
     recorder.add(outcomes, **settings, trained_on="original", training="plain")
+    recorder.add(outcomes[:1], **settings | {"model": "alexnet"}, trained_on="a", training="plain")
+    recorder.add(outcomes[:1], model="kernel:fc3", trained_on="adv-kip", training="kernel")
     recorder.add(outcomes[:1], **{**distilled, "training": "adversarial"}, seed=0)
     lines = records.table([recorder.write()], tables=("7", "10")).splitlines()
     attacks = "clean | fgsm | pgd20 | autoattack | pgd20-l2 |"
@@ -97,6 +99,12 @@ def test_networks_in_the_table(tmp_path):
     assert f"{ours} original, adversarial training | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
     assert f"{ours} original | 100 | 70.00 |  |  | 10.00 | 30.00 |" in lines
     assert f"{ours} adv-kip fc3, adversarial training | 100 | 70.00 |  |  |  |  |" in lines
+    kinds = [line.split(" | ")[1:4:2] for line in lines if line.startswith("| ours")]
+    assert kinds == [
+        ["kernel:fc3", "adv-kip"], ["alexnet", "a"], ["simple-cnn", "adv-kip fc3"],
+        ["simple-cnn", "original"], ["simple-cnn", "original, adversarial training"],
+        ["simple-cnn", "adv-kip fc3, adversarial training"],
+    ]  # fmt: skip
     paper = (
         "| paper, Table 7 | vgg11 |  | original, adversarial training |  | 69.65 | 31.30 | 24.68 |"
     )

@@ -57,6 +57,31 @@ def test_executes_skips_and_runs_again(project, capfd):
     assert "finished, skipped" not in capfd.readouterr().out
 
 
+def test_new_prose_reaches_finished_notebooks_and_new_code_does_not(project, capfd):
+    notebook, path = project / "notebooks" / "good.ipynb", params(project)
+    content = nbformat.read(notebook, 4)
+    content.cells.insert(1, nbformat.v4.new_markdown_cell("An old sentence."))
+    nbformat.write(content, notebook)
+    assert run.main([path, "--set", "seed=7"]) == 0
+    executed = Path("reports/x/good.ipynb")
+    before = nbformat.read(executed, 4)
+    content.cells[1].source = "A better one."
+    nbformat.write(content, notebook)
+    assert run.main([path, "--set", "seed=7"]) == 0
+    after = nbformat.read(executed, 4)
+    old = next(c for c in before.cells if c.cell_type == "markdown")
+    old.source = "A better one."
+    assert after == before  # nothing else has changed, outputs and injected parameters least
+    assert output_of(executed) == "seed is 7\n"
+    assert "has changed since" not in capfd.readouterr().out
+    content.cells[1].source = "Prose about other code."
+    content.cells[2].source += "\nprint('more')"
+    nbformat.write(content, notebook)
+    assert run.main([path, "--set", "seed=7"]) == 0
+    assert nbformat.read(executed, 4) == after
+    assert "finished, with code that has changed since, skipped" in capfd.readouterr().out
+
+
 def test_a_failing_cell_is_named(project, capfd):
     path = params(project, notebooks=["good", "bad"])
     assert run.main([path]) == 1
