@@ -147,7 +147,12 @@ def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES):
 
 
 def check_images(x, threat):
-    """Raises ValueError unless all pixels are finite and inside the range of `threat`."""
+    """Raises ValueError unless x is (n, H, W, C) and its pixels are in the range of `threat`."""
+    if jnp.ndim(x) != 4:
+        raise ValueError(
+            f"expected images (n, H, W, C), got shape {jnp.shape(x)}; pass x[..., None] for grey "
+            "images without a channel"
+        )
     low, high = float(jnp.min(x)), float(jnp.max(x))
     if not (low >= threat.low - 1e-6 and high <= threat.high + 1e-6):
         raise ValueError(

@@ -18,6 +18,7 @@ run in JAX, AutoAttack through `bridge`.
 """
 
 import hashlib
+import importlib.metadata
 import re
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import advkip
 from advkip import attacks, bridge, files, krr, nets, torch_attacks
 from advkip.config import ATTACK, ATTACK_PARTS, UNTARGETED_PARTS
 
@@ -244,9 +246,12 @@ class _Network:
         x = self.tensor(x).requires_grad_()
         try:
             with torch.enable_grad(), nets.deterministic():
-                (found,) = torch.autograd.grad(self.net(x).sum(), x, allow_unused=True)
-        except RuntimeError:  # detached, or computed elsewhere (NumPy refuses such a tensor)
-            found = None
+                # A copy, since the network may change its input in place.
+                (found,) = torch.autograd.grad(self.net(x.clone()).sum(), x, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, BufferError, TypeError):
+            found = None  # detached, or computed elsewhere (NumPy and DLPack refuse such a tensor)
         return np.zeros(0) if found is None else found.cpu().numpy()
 
     def logits(self, x):
@@ -328,9 +333,13 @@ def _autoattack(net, name, x, y, threat, seed):
             f"expected the range [0, 1] for {name!r}, got [{threat.low}, {threat.high}]; pass a "
             "Threat with low 0 and high 1, and images that fit"
         )
+
+    def logits(x_single):  # it works in single precision, which the network need not
+        return net(_ContiguousGradient.apply(x_single).to(x.dtype)).float()
+
     adversary = AutoAttack(
-        lambda x: net(_ContiguousGradient.apply(x)), version="standard", seed=seed,
-        norm={"linf": "Linf", "l2": "L2"}[threat.norm], eps=threat.epsilon, device=x.device,
+        logits, version="standard", seed=seed, norm={"linf": "Linf", "l2": "L2"}[threat.norm],
+        eps=threat.epsilon, device=x.device,
     )  # fmt: skip
     adversary.verbose = False
     # As 'standard' has it for 10 classes; with fewer, every other class is a target.
@@ -338,7 +347,7 @@ def _autoattack(net, name, x, y, threat, seed):
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
     if name != "autoattack":
         adversary.attacks_to_run = [name]
-    return adversary.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return adversary.run_standard_evaluation(x.float(), y, batch_size=len(x))[0].to(x.dtype)
 
 
 def _numbers(name):
@@ -372,10 +381,15 @@ class _Checkpoint:
         self.path, self.arrays = None, {}
         if not folder:
             return
-        identity = hashlib.sha256(f"{wrapped.seed} {x.shape} {wrapped.model}".encode())
-        # Logits and gradients tell models apart whose difference is in no weight.
+        versions = [importlib.metadata.version(name) for name in ("torch", "pyautoattack")]
+        about = f"{advkip.__version__} {versions} {wrapped.seed} {x.shape} {wrapped.model}"
+        identity = hashlib.sha256(about.encode())
+        # Logits and gradients tell models apart whose difference is in no weight, as a rounded
+        # input, which clean images may not show.
         sample = x[:16]
-        seen = wrapped.logits(sample), wrapped.gradient(sample)
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, sample.shape)
+        near = np.clip(sample + noise, x.min(), x.max()).astype(x.dtype)
+        seen = [look(a) for a in (sample, near) for look in (wrapped.logits, wrapped.gradient)]
         for array in (x, y, *seen, *wrapped.weights()):
             identity.update(np.ascontiguousarray(array))
         self.path = Path(folder) / f"checkpoint-attacks-{identity.hexdigest()[:12]}.npz"

@@ -21,6 +21,13 @@ IMAGES, LABELS = "CIFAR_ims", "CIFAR_lab"
 """The published files, in one folder: lists of tensors, images (n, 3, 32, 32) and labels (n,)."""
 
 
+DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+"""What is read from the files; what fits where is checked thereafter."""
+
+
 class Inverted(NamedTuple):
     """Images made by `generate`."""
 
@@ -99,15 +106,22 @@ def _tensors(path):
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found = [found] if isinstance(found, torch.Tensor) else list(found)
-        tensor = torch.cat([torch.as_tensor(part) for part in found])
-        if tensor.is_sparse or not tensor.numel():
+        parts = [torch.as_tensor(part) for part in found]
+        if not (all(map(_is_plain, parts)) and sum(part.numel() for part in parts)):
             raise ValueError("expected numbers")
-        return tensor
+        return torch.cat(parts)
     except Exception as error:  # a hostile or damaged file can fail in any way
         raise ValueError(
             f"{path}: expected a list of tensors, got a file that cannot be read as one "
             f"({type(error).__name__}); nothing else is loaded from it, pass the published file"
         ) from None
+
+
+def _is_plain(tensor):
+    """Whether a tensor is of common numbers, all of which are there (an expanded one has fewer)."""
+    plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+    size = tensor.numel() * tensor.element_size()
+    return plain and tensor.dtype in DTYPES and tensor.untyped_storage().nbytes() >= size
 
 
 def generate(
@@ -131,15 +145,15 @@ def generate(
       seed: of the images to start from.
       batch_size: images at a time.
       checkpoint_dir: folder of robust-features.npz, which is read instead when it was made of the
-        same network, images and settings; None for none.
+        same network, images and settings, and else replaced; None for none.
       progress: shows a bar.
 
     Returns:
       An `Inverted`.
 
     Raises:
-      ValueError: numbers or labels that do not fit, a network without a linear layer or in training
-        mode.
+      ValueError: numbers or labels that do not fit, a network without a linear layer or with a
+        layer in training mode, a robust-features.npz that cannot be read.
     """
     x, y = np.asarray(x, "float32")[:n], np.asarray(y, "float32")[:n]
     numbers = steps >= 1 and step_size > 0 and 0 <= noise <= 1
@@ -149,7 +163,7 @@ def generate(
             f"got n = {n}, images {x.shape}, labels {y.shape}, {steps}, {step_size} and {noise}; "
             "pass such numbers"
         )
-    if net.training:
+    if any(module.training for module in net.modules()):
         raise ValueError("expected a network in evaluation mode; call net.eval()")
     generator = data.generator(seed, "robust")
     order = generator.permutation(len(x))
@@ -159,14 +173,25 @@ def generate(
         start = (1 - noise) * start + noise * generator.random(x.shape, "float32")
     settings = f"{net} {steps} {step_size} {noise} {seed}"
     identity = hashlib.sha256(settings.encode())
-    for array in (x, y, *(v.cpu().numpy() for v in net.state_dict().values())):
+    like = next(net.parameters())
+    with torch.no_grad(), nets.deterministic():
+        # They tell networks apart whose difference is in no weight.
+        seen = [nets.representation(net, nets.to_tensor(a[:16], like=like)) for a in (x, start)]
+    weights = (v.cpu().numpy() for v in net.state_dict().values())
+    for array in (x, y, *(v.cpu().numpy() for v in seen), *weights):
         identity.update(np.ascontiguousarray(array))
     identity = identity.hexdigest()[:12]
     path = checkpoint_dir and Path(checkpoint_dir) / "robust-features.npz"
     if path and path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["identity"]) == identity:
-                return Inverted(file["x_train"], y, x, start, file["distance"])
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["identity"]) == identity:
+                    return Inverted(file["x_train"], y, x, start, file["distance"])
+        except Exception as error:
+            raise ValueError(
+                f"expected robust features in {path}, got a file that cannot be read as such "
+                f"({type(error).__name__}); delete the file, or pass another checkpoint_dir"
+            ) from error
 
     made, distances = [], []
     with nets.deterministic():

@@ -317,7 +317,8 @@ def checks_table(diagnoses):
 
 def _verdict(found):
     """The verdict, if there was anything to judge."""
-    return "nothing claimed" if found["kept"] is None else found["verdict"]
+    nothing = found["kept"] is None and found["verdict"] == "genuine"
+    return "nothing claimed" if nothing else found["verdict"]
 
 
 def _checked_cell(check):

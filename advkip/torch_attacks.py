@@ -126,6 +126,8 @@ def ascent(net, start, x, y, threat, n_steps, step_size, loss="cross-entropy"):
     attacked = start
     for _ in range(n_steps):
         _, gradient, _ = input_gradient(net, attacked, y, loss=loss)
+        # One that is not finite points nowhere, and must not spread to the other pixels.
+        gradient = gradient.where(gradient.isfinite(), 0)
         if threat.norm == "linf":
             direction = gradient.sign()
         else:

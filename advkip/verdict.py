@@ -7,11 +7,13 @@ is *left* decides, and the checks (`diagnose`) tell why:
     masked         the claim is not real: fewer than half of its images (MASKED) are left, and the
                    95 % interval of that share ends below GENUINE; or fewer than GENUINE are left,
                    the interval ends below SHAKEN, and a check shows that PGD cannot see the model
-                   (BLINDNESS). The reasons say whether gradients are hidden or PGD was only weak
-    genuine        at least GENUINE are left, the interval begins above MASKED, no check fails, and
-                   AutoAttack and an attack without gradients were tried, and the model reads more
-                   images than one constant answer would, which withstands everything; or hardly
-                   any image was claimed (at most NOTHING of all), so there is nothing to hide
+                   (BLINDNESS). The reasons say whether gradients are hidden or PGD was only weak.
+                   Or hardly any image is claimed (at most NOTHING of all), but only because FGSM
+                   breaks what PGD does not, or PGD leaves images in a large ball (MISSED)
+    genuine        at least GENUINE are left, the interval begins above MASKED, no check fails,
+                   AutoAttack and an attack without gradients were tried in full, and what is left
+                   is more than one constant answer, which withstands everything; or hardly any
+                   image was claimed, and PGD missed none, so there is nothing to hide
     inconclusive   anything else, among it fewer than FEW claimed images
 
 Where the numbers come from. Adversarially trained networks in the paper keep 0.78 to 0.97 of their
@@ -47,6 +49,9 @@ BLINDNESS = {
     "zero gradients", "vanishing gradients", "true gradients", "large radius", "no rounding",
 }  # fmt: skip
 """Checks that show, when they fail, that PGD's figure says nothing about the model."""
+
+MISSED = {"order", "large radius"}
+"""Checks that show, when they fail and hardly any image is claimed, that PGD alone claims many."""
 
 UNSEEN = {"noise", "transfer", "gradient-free"}
 """Attacks that look at no gradient of the model: they must not beat those that do."""
@@ -84,35 +89,41 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
     Args:
       n_left, n_claimed, n: images that withstood everything, that withstood FGSM and PGD, all.
       checks: a list of `Check`.
-      constant: whether the model reads no more images than one constant answer would.
+      constant: whether one constant answer to all images would withstand as much.
 
     Returns:
       (verdict, reasons: sentences, (share left, low, high) or None where nothing is claimed).
     """
-    if n_claimed <= NOTHING * n:
-        reason = f"{n_claimed} of {n} images are claimed, so there is nothing that could be hidden"
-        return "genuine", [reason], None
-    share, (low, high) = n_left / n_claimed, interval(n_left, n_claimed)
     failed = [one.name for one in checks if one.passed is False]
     unasked = [one.name for one in checks if one.passed is None]
+    fails = [f"failed: {name}" for name in failed]
+    if n_claimed <= NOTHING * n:
+        reason = f"{n_claimed} of {n} images are claimed"
+        if MISSED & set(failed):
+            return "masked", [reason, *fails, "gradients are hidden from PGD"], None
+        return "genuine", [f"{reason}, so there is nothing that could be hidden", *fails], None
+    share, (low, high) = n_left / n_claimed, interval(n_left, n_claimed)
     reasons = [
         f"of the {n_claimed} images that withstand FGSM and PGD, {n_left} withstand every attack "
-        f"({share:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+        f"({share:.0%}, 95 % interval {low:.0%} to {high:.0%})",
+        *fails,
     ]
-    reasons += [f"failed: {name}" for name in failed]
     reasons += [f"not asked: {', '.join(unasked)}"] if unasked else []
     blind = BLINDNESS & set(failed)
     if constant:
-        reasons.append("one constant answer to all would read as many images, and withstand all")
+        reasons.append("one constant answer to all images would withstand as much")
     few = n_claimed < FEW
     proven = share < MASKED and high < GENUINE
     if not few and (proven or (blind and share < GENUINE and high < SHAKEN)):
-        hidden = blind or UNSEEN & set(failed)
-        why = "gradients are hidden from PGD" if hidden else (
-            "gradients are there; PGD with the cross-entropy is too weak to find what others find"
-        )  # fmt: skip
+        if blind or UNSEEN & set(failed):
+            why = "gradients are hidden from PGD"
+        elif BLINDNESS & set(unasked):
+            why = "PGD is too weak, or gradients are hidden in a way that was not asked about"
+        else:
+            why = "gradients are there; PGD with the cross-entropy is too weak to follow them"
         return "masked", [*reasons, why], (share, low, high)
-    good = share >= GENUINE and low > MASKED and not failed and not set(NEEDED) & set(unasked)
+    asked = {one.name for one in checks if one.passed is not None}
+    good = share >= GENUINE and low > MASKED and not failed and set(NEEDED) <= asked
     if good and not (few or constant):
         return "genuine", reasons, (share, low, high)
     if few or (low <= MASKED and high >= GENUINE):

@@ -71,6 +71,11 @@ def test_a_hostile_file_runs_nothing(tmp_path, raw):
         ([torch.zeros(8, 3, 32, 32).to_sparse()], None, "expected a list of tensors"),
         (None, [torch.ones(8, dtype=torch.bool)], "expected 8 integers from 0 to 9"),
         ([[1, "a"]], None, "expected a list of tensors"),
+        ([torch.zeros(1, 1, 1, 1).expand(8, 3, 32, 32)], None, "expected a list of tensors"),
+        ([torch.zeros(8, 3, 32, 32).to(torch.float8_e5m2)], None, "expected a list of tensors"),
+        ([torch.zeros(8, 3, 32, 32, device="meta")], None, "expected a list of tensors"),
+        (None, [torch.zeros(8, dtype=torch.complex64)], "expected a list of tensors"),
+        (None, [torch.zeros(8, dtype=torch.uint16)], "expected a list of tensors"),
     ],
 )
 def test_malformed_files(tmp_path, images, labels, message):
@@ -145,6 +150,32 @@ def test_inversion_is_not_made_twice(robust, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(TypeError):  # other settings: made anew
         features.generate(*robust, **SETTINGS | {"steps": 2}, checkpoint_dir=tmp_path)
+    path = tmp_path / "robust-features.npz"
+    for damage in (lambda: path.write_bytes(b"damaged"), lambda: np.savez(path, x_train=made.x)):
+        damage()
+        with pytest.raises(ValueError, match="expected robust features in"):
+            features.generate(*robust, **SETTINGS, checkpoint_dir=tmp_path)
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self, net, mean):
+        super().__init__()
+        self.net, self.mean = net, mean
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x - self.mean)
+
+
+def test_networks_that_differ_in_no_weight_share_no_features(robust, tmp_path):
+    made = [
+        features.generate(
+            Shifted(robust[0], mean), *robust[1:], **SETTINGS | {"steps": 3},
+            checkpoint_dir=tmp_path,
+        ).x
+        for mean in (0.0, 0.2)
+    ]  # fmt: skip
+    assert np.abs(made[0] - made[1]).max() > 0.01
 
 
 def test_bad_input(robust):
@@ -158,3 +189,7 @@ def test_bad_input(robust):
         features.generate(
             nets.build("fc1-8", shape=(8, 8, 1), n_classes=10, seed=0), x, y, **SETTINGS
         )
+    partly = torch.nn.Sequential(torch.nn.Dropout(), net).eval()
+    partly[0].train()
+    with pytest.raises(ValueError, match="expected a network in evaluation mode"):
+        features.generate(partly, x, y, **SETTINGS)

@@ -157,8 +157,9 @@ def test_verdicts_stand_beside_their_accuracies(tmp_path):
     recorder.add(outcomes, **net, trained_on="original", diagnosis=Found("masked"))
     recorder.add(outcomes, **net, trained_on="kip", diagnosis=Found("genuine", None))
     recorder.add(outcomes, **net, trained_on="robust-features")
+    recorder.add(outcomes, **net, trained_on="adv-kip", diagnosis=Found("masked", None))
     record = recorder.write()
-    assert [d["verdict"] for d in record["diagnoses"]] == ["masked", "genuine"]
+    assert [d["verdict"] for d in record["diagnoses"]] == ["masked", "genuine", "masked"]
     assert record["diagnoses"][0]["notebook"] == "04_shortcomings"
     lines = records.table([record], tables=()).splitlines()
     assert lines[0].endswith("| clean | pgd10 | verdict |")
@@ -166,8 +167,9 @@ def test_verdicts_stand_beside_their_accuracies(tmp_path):
     assert f"{ours} original | 100 | 90.00 | 60.00 | masked |" in lines
     assert f"{ours} kip | 100 | 90.00 | 60.00 | nothing claimed |" in lines
     assert f"{ours} robust-features | 100 | 90.00 | 60.00 |  |" in lines
+    assert f"{ours} adv-kip | 100 | 90.00 | 60.00 | masked |" in lines
     # They stay when another notebook writes, and go with the settings they were made with.
-    assert len(write(tmp_path, notebook="01_kernels")["diagnoses"]) == 2
+    assert len(write(tmp_path, notebook="01_kernels")["diagnoses"]) == 3
     assert "diagnoses" not in write(tmp_path, notebook="02_transfer", net_epochs=7)
 
 
