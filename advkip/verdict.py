@@ -115,12 +115,13 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
     few = n_claimed < FEW
     proven = share < MASKED and high < GENUINE
     if not few and (proven or (blind and share < GENUINE and high < SHAKEN)):
+        weak = "PGD with the cross-entropy is too weak to find what others find"
         if blind or UNSEEN & set(failed):
             why = "gradients are hidden from PGD"
         elif BLINDNESS & set(unasked):
-            why = "PGD is too weak, or gradients are hidden in a way that was not asked about"
+            why = f"{weak}, or gradients are hidden in a way that was not asked about"
         else:
-            why = "gradients are there; PGD with the cross-entropy is too weak to follow them"
+            why = f"gradients are there; {weak}"
         return "masked", [*reasons, why], (share, low, high)
     asked = {one.name for one in checks if one.passed is not None}
     good = share >= GENUINE and low > MASKED and not failed and set(NEEDED) <= asked

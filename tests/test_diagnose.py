@@ -495,6 +495,22 @@ def test_nearly_constant_networks_are_not_robust(trained):
     assert any("constant answer" in reason for reason in found.reasons)
 
 
+@pytest.mark.parametrize(
+    ("found", "cause"),
+    [
+        (checks("zero gradients"), "gradients are hidden from PGD"),
+        (checks("transfer"), "gradients are hidden from PGD"),
+        (checks("margin loss"), "gradients are there; PGD with"),
+        (
+            checks("margin loss", unasked=["true gradients"]),
+            "or gradients are hidden in a way that",
+        ),
+    ],
+)
+def test_the_cause_is_only_said_where_it_was_asked(found, cause):
+    assert cause in verdict.judge(10, 100, 100, found)[1][-1]
+
+
 def test_one_image_of_few_condemns_nobody():
     assert verdict.check("noise", 1, 15, 0.05, "").passed
     assert not verdict.check("noise", 15, 100, 0.05, "").passed

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advkip import records
+from advkip import records, verdict
 from advkip.config import Experiment
 from advkip.evaluate import Outcome
 
@@ -256,6 +256,12 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
         assert record["experiment"]["name"] == path.parent.name
         assert record["environment"]["commit"]
         assert not record["environment"]["commit"].endswith("+")
+        for found in record.get("diagnoses", ()):  # the verdict is that of the present rule
+            checks = [verdict.Check(**check) for check in found["checks"]]
+            counts = (round(found[key] * found["n"]) for key in ("strong", "claimed"))
+            constant = any("constant answer" in reason for reason in found["reasons"])
+            name = verdict.judge(*counts, found["n"], checks, constant=constant)[0]
+            assert name == found["verdict"]
     readme = ROOT / "README.md"
     assert records.update_readme(readme, paths) == readme.read_text()
 
