@@ -73,6 +73,7 @@ def trained():
         "plain": train(fresh(0), epochs=20),
         "other": train(fresh(5), epochs=20),
         "robust": train(fresh(0), epochs=30, adversarial=7),
+        "cnn": train(nets.build("simple-cnn", shape=(8, 8, 1), n_classes=10, seed=0), epochs=8),
         "cooled": train(Cool(fresh(0)), epochs=60).net,
     }
 
@@ -152,6 +153,17 @@ def test_hidden_gradients_are_found(trained, name):
     assert failed(found) >= expected
     assert {f"failed: {name}" for name in failed(found)} <= set(found.reasons)
     assert found.reasons[-1] == "gradients are hidden from PGD"
+
+
+def test_a_convolutional_network_in_an_l2_ball(trained):
+    settings = {"threat": attacks.Threat("l2", 1.5), "step_size": 0.3, "parts": ("apgd-t",)}
+    plain = run(trained["cnn"], n=40, **settings)
+    assert plain.clean > 0.8
+    assert (plain.verdict, plain.kept) == ("genuine", None)
+    found = run(Masked(trained["cnn"], after=lambda z: 1e4 * z), n=40, **settings)
+    assert found.verdict == "masked"
+    assert found.claimed > plain.claimed + 0.5
+    assert failed(found) >= {"zero gradients", "no rounding", "margin loss"}
 
 
 def test_what_withstands_gradients_falls_to_images_of_another_model(trained):
@@ -605,4 +617,5 @@ def test_noise_keeps_to_the_ball(threat, far):
     distance = attacks.distance(noisy.numpy(), x.numpy(), threat.norm)
     assert (distance <= threat.epsilon + 1e-6).all()
     assert (distance > threat.epsilon * (0.99 if far else 0.8)).all()
-    assert (noisy - x).mean(0).abs().max() < threat.epsilon * (0.7 if threat.norm == "linf" else 1)
+    # In all directions: of 50 points a pixel's mean is within some standard deviations of 0.
+    assert (noisy - x).mean(0).abs().max() < threat.epsilon * {"linf": 0.7, "l2": 0.1}[threat.norm]
