@@ -1,8 +1,12 @@
 """Networks around a network, for the diagnosis: another scale or precision, the mean of a random
-one, a gradient for one that has none; and random points of a ball."""
+one, a gradient for one that has none; random points of a ball; and what it all runs in."""
 
 import copy
+import logging
+import random
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from advkip import bridge, torch_attacks
@@ -99,3 +103,29 @@ def noise(x, threat, generator, *, far):
         length = drawn.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
         drawn = threat.epsilon * drawn / length
     return torch_attacks.project(x + drawn, x, threat)
+
+
+@contextmanager
+def seeded(seed):
+    """All that is drawn inside derives from the seed; the generators go on outside as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def silent(name):
+    """Without AutoAttack's remarks on zero gradients and random models, which are checks here."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -7,9 +7,6 @@ proof, whatever the reason; the other checks tell the reason, or that an attack 
 et al. 2018; Carlini et al. 2019; Pintor et al. 2022). `verdict` has the rule and its limits.
 """
 
-import logging
-import random
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -102,7 +99,7 @@ def diagnose(
             "pass a Threat with low 0 and high 1, and images that fit"
         )
     with nets.deterministic():
-        with _seeded(seed):
+        with around.seeded(seed):
             case = _Case(
                 model, np.asarray(x), np.asarray(y), threat, step_size, n_steps, seed, batch_size,
                 checkpoint_dir, progress,
@@ -113,7 +110,7 @@ def diagnose(
                 partial(case.autoattack, parts), partial(case.transfer, sources or {}), case.noise,
             )):  # fmt: skip
                 # Each anew: an attack that is read back from a checkpoint draws nothing.
-                with _seeded(seed + 1 + i):
+                with around.seeded(seed + 1 + i):
                     step()
                 bar.update(len(case.checks) - bar.n)
                 bar.set_postfix_str(f"claimed {case.claimed.mean():.1%}, left {case.left:.1%}")
@@ -283,7 +280,7 @@ class _Case:
         if self.n_classes < 4:
             parts = [part for part in parts if part in UNTARGETED_PARTS]
         if parts and len(self.standing):
-            with _silent("auto-attack"):
+            with around.silent("auto-attack"):
                 model = self.net if self.random else self.model
                 outcomes = self.measure(model, self.x_claimed, self.y_claimed, attack_names=parts)
             found = {one.attack.removesuffix("-l2"): ~one.right for one in outcomes[1:]}
@@ -409,29 +406,3 @@ def _wrap_seen(model, *, x, batch_size):
         model = around.WithoutGradient(wrapped.net)
         wrapped = evaluate.wrap(model, batch_size=batch_size)
     return model, wrapped
-
-
-@contextmanager
-def _seeded(seed):
-    """All that is drawn inside derives from the seed; the generators go on outside as before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def _silent(name):
-    """Without AutoAttack's remarks on zero gradients and random models, which are checks here."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
