@@ -17,16 +17,13 @@ from tqdm import tqdm
 from advkip import around, evaluate, nets, torch_attacks, verdict
 from advkip.attacks import Threat
 from advkip.config import ATTACK_PARTS, UNTARGETED_PARTS
-from advkip.verdict import CHANCE, NOTHING, OTHER, STEADY
+from advkip.verdict import CHANCE, NOTHING, ONE_ANSWER, OTHER, STEADY
 
 DRAWS = 10
 """Passes that are compared, and averaged over when they differ; points of either kind of noise."""
 
 SWEEP_STEPS = 40
 """PGD steps, at least, in growing balls: few do not get far enough."""
-
-ONE_ANSWER = 0.9
-"""Share of the images left that may have one label; beyond it they are a constant answer's."""
 
 
 class Diagnosis(NamedTuple):
@@ -277,8 +274,8 @@ class _Case:
     def autoattack(self, parts):
         """Do AutoAttack's parts break claimed images; Square, beyond all that see gradients?"""
         found = {}
-        if self.n_classes < 4:
-            parts = [part for part in parts if part in UNTARGETED_PARTS]
+        possible = ATTACK_PARTS if self.n_classes >= 4 else UNTARGETED_PARTS
+        parts = [part for part in parts if part in possible]
         if parts and len(self.standing):
             with around.silent("auto-attack"):
                 model = self.net if self.random else self.model
@@ -289,9 +286,8 @@ class _Case:
         for name, one in found.items():
             self.breaks(name, one)
         text = "claimed images that the best of its white-box attacks breaks"
-        all_parts = ATTACK_PARTS if self.n_classes >= 4 else UNTARGETED_PARTS
         asked = found.get(best)
-        if asked is not None and set(all_parts) - {*found, "square"}:
+        if asked is not None and set(possible) - {*found, "square"}:
             text += f" (only {', '.join(found)})"
             # What a part breaks is broken; what it leaves, the others may break.
             if verdict.check("", asked.sum(), len(asked), OTHER, "").passed:
@@ -330,13 +326,11 @@ class _Case:
     def conclusion(self):
         left = self.claimed.copy()
         left[self.claimed] = self.standing
-        answer = np.bincount(self.y[left], minlength=1).max()
-        constant = self.clean.sum() <= np.bincount(self.y).max() or (
-            left.any() and answer > ONE_ANSWER * left.sum()
-        )
+        one_label = np.bincount(self.y[left], minlength=1).max() > ONE_ANSWER * left.sum()
         name, reasons, kept = verdict.judge(
-            int(left.sum()), len(self.standing), len(self.y), self.checks, constant=bool(constant)
-        )
+            int(left.sum()), len(self.standing), len(self.y), self.checks,
+            constant=bool(one_label or self.clean.sum() <= np.bincount(self.y).max()),
+        )  # fmt: skip
         sure = self.log_odds[self.clean]
         limits = {"partly": torch_attacks.ROUNDED, "wholly": torch_attacks.LOST}
         rounded = {key: float((sure > n).mean()) if len(sure) else 0.0 for key, n in limits.items()}

@@ -220,10 +220,7 @@ class _Network:
                 f"expected a krr.KernelMachine or a torch.nn.Module, got {type(net).__name__}; "
                 "pass one of them"
             )
-        if any(module.training for module in net.modules()):
-            raise ValueError(
-                "expected a network in evaluation mode, got one in training mode; call net.eval()"
-            )
+        nets.check_evaluated(net)
         self.net, self.seed, self.batch_size = net, seed, batch_size or BATCH
         self.model = f"{type(net).__qualname__} {net!r}"
         own = [*net.parameters(), *net.buffers()]

@@ -20,7 +20,6 @@ from advkip import data, files, nets
 IMAGES, LABELS = "CIFAR_ims", "CIFAR_lab"
 """The published files, in one folder: lists of tensors, images (n, 3, 32, 32) and labels (n,)."""
 
-
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
     torch.int8, torch.int16, torch.int32, torch.int64,
@@ -163,8 +162,7 @@ def generate(
             f"got n = {n}, images {x.shape}, labels {y.shape}, {steps}, {step_size} and {noise}; "
             "pass such numbers"
         )
-    if any(module.training for module in net.modules()):
-        raise ValueError("expected a network in evaluation mode; call net.eval()")
+    nets.check_evaluated(net)
     generator = data.generator(seed, "robust")
     order = generator.permutation(len(x))
     start = np.empty_like(x)

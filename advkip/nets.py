@@ -141,6 +141,14 @@ def to_array(x):
     return np.moveaxis(x.detach().cpu().numpy(), 1, 3)
 
 
+def check_evaluated(net):
+    """Raises ValueError unless the network and all its layers are in evaluation mode."""
+    if any(module.training for module in net.modules()):
+        raise ValueError(
+            "expected a network in evaluation mode, got one in training mode; call net.eval()"
+        )
+
+
 def deterministic():
     """A context in which cuDNN gives the same numbers every time, and all digits of float32."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

@@ -45,6 +45,9 @@ OTHER = 1 - GENUINE
 CHANCE = 0.1
 """Accuracy above chance that PGD may leave in a ball that holds a grey image."""
 
+ONE_ANSWER = 0.9
+"""Share of the images left that may have one label; beyond it they are a constant answer's."""
+
 BLINDNESS = {
     "zero gradients", "vanishing gradients", "true gradients", "large radius", "no rounding",
 }  # fmt: skip

@@ -402,6 +402,10 @@ def test_three_classes():
     assert found.verdict == "masked"
 
 
+def asked_and_passed(*names):
+    return [verdict.Check(name, 0.0, 0.1, True, "") for name in names]
+
+
 def checks(*failed, unasked=()):
     return [verdict.Check(name, 0.5, 0.1, False, "") for name in failed] + [
         verdict.Check(name, None, 0.1, None, "") for name in unasked
@@ -435,9 +439,8 @@ def checks(*failed, unasked=()):
     ],
 )
 def test_thresholds(counts, found, expected):
-    names = {check.name for check in found}
-    asked = [verdict.Check(n, 0.0, 0.1, True, "") for n in verdict.NEEDED if n not in names]
-    name, reasons, kept = verdict.judge(*counts, found + asked)
+    others = set(verdict.NEEDED) - {check.name for check in found}
+    name, reasons, kept = verdict.judge(*counts, found + asked_and_passed(*others))
     assert name == expected
     assert reasons
     if kept:
@@ -474,7 +477,7 @@ def test_a_constant_network_is_not_robust(trained):
     assert found.claimed == found.strong == found.clean > 0.05  # more than counts as nothing
     assert found.verdict == "inconclusive"
     assert any("constant answer" in reason for reason in found.reasons)
-    asked = [verdict.Check(name, 0.0, 0.1, True, "") for name in verdict.NEEDED]
+    asked = asked_and_passed(*verdict.NEEDED)
     assert verdict.judge(90, 100, 100, asked)[0] == "genuine"
     assert verdict.judge(90, 100, 100, asked, constant=True)[0] == "inconclusive"
     assert verdict.judge(90, 100, 100, asked[:1])[0] == "inconclusive"
@@ -533,7 +536,7 @@ def test_one_image_of_few_condemns_nobody():
 
 def test_published_figures_fall_on_the_right_side():
     """Tables 5 to 7 and 10 of the paper, (PGD, AutoAttack) as if of 1,000 images."""
-    asked = [verdict.Check(name, 0.0, 0.1, True, "") for name in verdict.NEEDED]
+    asked = asked_and_passed(*verdict.NEEDED)
     honest = [(95.82, 88.77), (31.49, 26.18), (24.41, 18.95), (24.68, 23.85)]
     hidden = [(97.17, 0.0), (67.03, 0.0), (49.06, 0.89), (53.18, 0.27)]
     for pairs, expected in ((honest, "genuine"), (hidden, "masked")):

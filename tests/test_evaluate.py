@@ -307,15 +307,14 @@ def test_a_radius_that_is_too_small_is_seen_against_the_closed_form():
 
 
 def test_networks_and_labels_of_other_dtypes(net_case):
-    net_case = net_case[0], net_case[1][:30], net_case[2][:30]
+    net, x, y = net_case
     names = {"attack_names": ["fgsm", "pgd5", "autoattack"]}
     expected = measure(net_case, **names)
-    net, x, y = net_case
     double = nets.build("fc2-128", shape=(8, 8, 1), n_classes=10, seed=0).double().eval()
     double.load_state_dict(net.state_dict())
     found = measure((double, x.astype("float64"), y.astype("int16")), **names)
     for one, other in zip(found, expected, strict=True):
-        assert one.accuracy == pytest.approx(other.accuracy, abs=0.04)  # one image of 30
+        assert one.accuracy == pytest.approx(other.accuracy, abs=0.02)  # one image of 60
 
 
 def test_the_order_of_accuracies_is_checked(net_case):
