@@ -96,18 +96,19 @@ def diagnose(
             "pass a Threat with low 0 and high 1, and images that fit"
         )
     with nets.deterministic():
-        with around.seeded(seed):
+        with around.seeded(nets.derived_seed(seed, "diagnosis")):
             case = _Case(
                 model, np.asarray(x), np.asarray(y), threat, step_size, n_steps, seed, batch_size,
                 checkpoint_dir, progress,
             )  # fmt: skip
         with tqdm(desc="diagnosis", unit="check", disable=not progress) as bar:
-            for i, step in enumerate((
+            steps = (
                 case.claim, case.look_at_gradients, case.grow_the_ball, case.attack_again,
                 partial(case.autoattack, parts), partial(case.transfer, sources or {}), case.noise,
-            )):  # fmt: skip
+            )  # fmt: skip
+            for i, step in enumerate(steps, 1):
                 # Each anew: an attack that is read back from a checkpoint draws nothing.
-                with around.seeded(seed + 1 + i):
+                with around.seeded(nets.derived_seed(seed, "diagnosis", i)):
                     step()
                 bar.update(len(case.checks) - bar.n)
                 bar.set_postfix_str(f"claimed {case.claimed.mean():.1%}, left {case.left:.1%}")

@@ -132,7 +132,7 @@ PLANTED = {
     "quantised input": (lambda t: Masked(t["plain"], lambda x: (4 * x).round() / 4), NO_GRADIENT),
     "no gradient": (lambda t: Masked(t["plain"], lambda x: x.detach()), NO_GRADIENT),
     "another framework": (lambda t: Masked(t["plain"], in_numpy), NO_GRADIENT),
-    "noise layer": (lambda t: Masked(t["plain"], jitter), {"gradient-free"}),
+    "noise layer": (lambda t: Masked(t["plain"], jitter), {"gradient-free", "transfer"}),
     "misleading gradient": (lambda t: Misleading(t["plain"], t["other"]), {
         "true gradients", "large radius", "gradient-free"}),
     "robust, then saturated": (lambda t: Masked(t["robust"], after=lambda z: 1e4 * z), {
