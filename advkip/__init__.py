@@ -5,4 +5,10 @@ The package behind the notebooks. Read it in this order: `config` (an experiment
 (Algorithm 1), `evaluate`, `records` and `figures`, `run` (params files to reports).
 """
 
+import os
+
+# Read when PyTorch is loaded. Its OpenMP threads otherwise spin while they wait for each other, and
+# beside any other busy process everything takes many times as long (README, "Speed").
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"

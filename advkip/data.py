@@ -8,6 +8,7 @@ images (N, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or float in [0, 1]; inte
 (torchvision's own CIFAR-10 files are pickles; it checks their MD5 sums before it reads them.)
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -310,6 +311,19 @@ def draw_balanced(y, n, *, n_classes, generator):
 def generator(seed, stream, step=0):
     """The NumPy generator of one purpose (a key of STREAMS) and step, derived from the seed."""
     return np.random.default_rng([seed, STREAMS[stream], step])
+
+
+def fingerprint(splits):
+    """16 hex digits of all that a distillation sees: support, pool and validation of `Splits`.
+
+    What is resumed belongs to these arrays, not to the name of the file that they came from.
+    """
+    found = hashlib.sha256()
+    for name, array in splits._asdict().items():
+        if name != "n_classes" and not name.endswith("_test"):
+            found.update(f"{name} {array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array))
+    return found.hexdigest()[:16]
 
 
 def split(dataset, experiment):

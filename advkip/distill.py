@@ -34,6 +34,7 @@ class Distilled(NamedTuple):
     step: int  # outer steps behind x_support
     history: list  # dicts: step, loss, clean, fgsm, pgd, gradient_norm, seconds
     stopped: str  # "n_steps" or "patience"
+    data: str = ""  # `data.fingerprint` of the splits
 
 
 class DivergedError(FloatingPointError):
@@ -92,7 +93,7 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
     path = checkpoint_dir and Path(checkpoint_dir) / f"checkpoint-{experiment.fingerprint()}.npz"
     state = run.start(initial)
     if path and path.exists():
-        state = _load_state(path, state, experiment, run.probe)
+        state = _load_state(path, state, run)
         if state.step > experiment.n_steps:
             raise ValueError(
                 f"expected a checkpoint of at most {experiment.n_steps} steps, got {state.step} "
@@ -110,21 +111,21 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
                 bar.update(state.step - bar.n)
                 bar.set_postfix_str(_summary(state.history[-1]), refresh=False)
                 if path and state.step - saved >= experiment.checkpoint_every:
-                    _save_state(path, state, experiment, run.probe)
+                    _save_state(path, state, run)
                     saved = state.step
         except (FloatingPointError, KeyboardInterrupt) as error:
             if path:
-                _save_state(path, state, experiment, run.probe)
+                _save_state(path, state, run)
             if isinstance(error, KeyboardInterrupt):
                 raise
-            kept = _result(state, initial, "diverged")
+            kept = _result(state, initial, "diverged", run.data)
             if path:
                 file = path.with_name(path.name.replace("checkpoint", "kept"))
                 _write(file, x_support=kept.x_support, y_support=kept.y_support)
             raise DivergedError(str(error), kept) from error
     if path:
-        _save_state(path, state, experiment, run.probe)
-    return _result(state, initial, reason)
+        _save_state(path, state, run)
+    return _result(state, initial, reason, run.data)
 
 
 def initial_support(experiment, splits):
@@ -148,6 +149,7 @@ class _Run:
         )
         x = jnp.asarray(splits.x_support[:2])
         self.probe = [float(v) for v in kernel.value(x, x).ravel()]
+        self.data = data.fingerprint(splits)
         self.batch_size = experiment.block_size or krr.rows_of_tile(kernel, experiment.n_support)
 
     def start(self, initial):
@@ -296,25 +298,26 @@ def _summary(line):
     return f"loss {line['loss']:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}"
 
 
-def _result(state, initial, reason):
+def _result(state, initial, reason, data_seen):
     return Distilled(
-        *(np.asarray(a) for a in state.best), *initial, state.best_step, list(state.history), reason
-    )
+        *(np.asarray(a) for a in state.best), *initial, state.best_step, list(state.history),
+        reason, data_seen,
+    )  # fmt: skip
 
 
-def _save_state(path, state, experiment, probe):
+def _save_state(path, state, run):
     """Writes the state aside first, so that a cut-off write leaves the old file whole."""
     leaves = jax.tree_util.tree_leaves((state.support, state.optimizer_states, state.best))
     notes = {
         "step": state.step, "best_step": state.best_step, "best_score": state.best_score,
-        "history": state.history, "seconds": state.seconds, "experiment": experiment.to_dict(),
-        "probe": probe,
+        "history": state.history, "seconds": state.seconds,
+        "experiment": run.experiment.to_dict(), "probe": run.probe, "data": run.data,
     }  # fmt: skip
     _write(path, notes=json.dumps(notes), **{f"leaf{i}": a for i, a in enumerate(leaves)})
 
 
-def _load_state(path, template, experiment, probe):
-    """The state in a checkpoint of the same settings, kernel and images, shaped as `template`."""
+def _load_state(path, template, run):
+    """The state in a checkpoint of the same settings, kernel and data, shaped as `template`."""
     parts = (template.support, template.optimizer_states, template.best)
     leaves, structure = jax.tree_util.tree_flatten(parts)
     try:
@@ -325,11 +328,17 @@ def _load_state(path, template, experiment, probe):
         raise ValueError(
             f"expected a checkpoint in {path}, got {error}; delete the file to start again"
         ) from error
-    settings = type(experiment)(**notes["experiment"]).distillation()
-    if settings != experiment.distillation() or not np.allclose(notes["probe"], probe, rtol=1e-3):
+    settings = type(run.experiment)(**notes["experiment"]).distillation()
+    others = {
+        "settings": settings != run.experiment.distillation(),
+        "kernel": not np.allclose(notes["probe"], run.probe, rtol=1e-3),
+        "training data": notes.get("data") != run.data,
+    }
+    if any(others.values()):
+        found = ", ".join(name for name, other in others.items() if other)
         raise ValueError(
-            f"expected {path} to be of the same settings, kernel and images, got others; delete "
-            "the file, or pass another checkpoint_dir"
+            f"expected {path} to be of the same settings, kernel and images, got other {found}; "
+            "delete the file, or pass another checkpoint_dir"
         )
     support, states, best = jax.tree_util.tree_unflatten(structure, loaded)
     return _State(
@@ -348,6 +357,7 @@ def save(path, distilled, experiment, dataset):
         Path(path), x_train=distilled.x_support, y_train=distilled.y_support,
         x_test=dataset.x_test, y_test=dataset.y_test, step=distilled.step,
         experiment=json.dumps(experiment.to_dict()), version=advkip.__version__,
+        data=distilled.data,
     )  # fmt: skip
 
 
@@ -388,7 +398,7 @@ def training_sets(experiment, splits, dataset, folder, names=None):
 def _distilled_set(experiment, splits, dataset, folder):
     file = "adv-kip.npz" if experiment.pgd_steps else "kip.npz"
     path = Path(experiment.distilled_set or Path(folder) / file)
-    if not experiment.distilled_set and not _is_of(path, experiment):
+    if not experiment.distilled_set and not _is_of(path, experiment, splits):
         save(path, distill(experiment, splits, checkpoint_dir=folder), experiment, dataset)
     name, chosen = data.training_set(
         path, n_classes=splits.n_classes, center=experiment.center_labels
@@ -402,14 +412,16 @@ def _distilled_set(experiment, splits, dataset, folder):
     return name, chosen
 
 
-def _is_of(path, experiment):
-    """Whether a file holds what `distill` gives for this experiment."""
+def _is_of(path, experiment, splits):
+    """Whether a file holds what `distill` gives for this experiment and data."""
     if not path.exists():
         return False
     with np.load(path, allow_pickle=False) as file:
         settings = json.loads(str(file["experiment"])) if "experiment" in file.files else {}
+        seen = str(file["data"]) if "data" in file.files else ""
     keys = (*experiment.distillation(), "n_steps")
-    return all(settings.get(k) == experiment.to_dict()[k] for k in keys)
+    same = all(settings.get(k) == experiment.to_dict()[k] for k in keys)
+    return same and seen == data.fingerprint(splits)
 
 
 def _write(path, **arrays):

@@ -13,7 +13,7 @@ def replacing(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")  # a process's own
     with open(temporary, "wb") as file:
         yield file
     os.replace(temporary, path)

@@ -176,6 +176,28 @@ def test_another_kernel_or_other_images_do_not_take_the_checkpoint(digits, tmp_p
         run(SMALL, digits._replace(x_train=digits.x_train**2), checkpoint_dir=tmp_path)
 
 
+def test_a_data_file_that_was_mended_does_not_take_the_checkpoint(digits, tmp_path):
+    """Of another label or image far from those that the kernel's probe sees."""
+    run(SMALL, digits, checkpoint_dir=tmp_path)
+    splits = data.split(digits, SMALL)
+    labels = splits.y_pool.copy()
+    labels[-1] = (labels[-1] + 1) % 10
+    pixels = splits.x_validation.copy()
+    pixels[-1, 0, 0, 0] += 0.5
+    for mended in (splits._replace(y_pool=labels), splits._replace(x_validation=pixels)):
+        with pytest.raises(ValueError, match="got other training data"):
+            distill.distill(SMALL, mended, checkpoint_dir=tmp_path, progress=False)
+    # A set that is saved is made again, from the mended data.
+    folder = tmp_path / "sets"
+    first = distill.training_sets(SMALL, splits, digits, folder, ["adv-kip"])["adv-kip"]
+    again = distill.training_sets(SMALL, splits, digits, folder, ["adv-kip"])["adv-kip"]
+    assert (first.x == again.x).all()
+    (folder / f"checkpoint-{SMALL.fingerprint()}.npz").unlink()
+    mended = splits._replace(x_pool=splits.x_pool**2)
+    other = distill.training_sets(SMALL, mended, digits, folder, ["adv-kip"])["adv-kip"]
+    assert (first.x != other.x).any()
+
+
 def test_kip_takes_its_own_checkpoint(digits, tmp_path):
     kip = SMALL.as_kip().replace(n_steps=4)
     whole = run(kip, digits, checkpoint_dir=tmp_path)
