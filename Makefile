@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARAMS ?= params/digits.yaml
 
+# PyTorch's threads sleep while they wait, instead of spinning.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help install conda demo test lab run bench bench-paper readme notebooks clean
 
 help:  ## this list
@@ -30,8 +33,8 @@ demo: install  ## the main job on the embedded digits: notebooks, figures, resul
 run: install  ## make run PARAMS=params/x.yaml
 	$(BIN)/python -m advkip.run $(PARAMS)
 
-lab: install  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--no-browser
+	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ARGS) notebooks/00_walkthrough.ipynb
 
 test: install  ## ruff, pytest, and the notebooks on their small defaults
 	rm -rf reports/scratch

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from advkip import bridge, torch_attacks
+from advkip import torch_attacks
 
 
 class Around(torch.nn.Module):
@@ -53,14 +53,18 @@ class Rescaled(Around):
 
 
 def in_float64(net, x):
-    """A copy of the network in float64, or None if it does not run there on images x."""
+    """A copy of the network in float64, or None if it cannot be copied or does not run there.
+
+    A kernel machine inside it follows (`bridge.KernelNet`). Whatever a network of someone's own
+    raises is a question that cannot be asked, and no end.
+    """
     try:
-        doubled = (
-            net.in_float64() if isinstance(net, bridge.KernelNet) else copy.deepcopy(net).double()
-        )
+        doubled = copy.deepcopy(net).double()
         with torch.no_grad():
             doubled(x.double())
-    except (RuntimeError, TypeError, ValueError):
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
         return None
     return doubled
 
@@ -86,10 +90,13 @@ def false_gradient(net, x, y):
     # Long enough for the margin to change in its digits, short enough for few ReLUs to switch.
     h = 1e-5
     with torch.no_grad():
-        ahead, behind = (torch_attacks.margin(net(x + sign * h * direction), y) for sign in (1, -1))
+        # Inside the pixel range, which some networks check.
+        points = [(x + sign * h * direction).clamp(0, 1) for sign in (1, -1)]
+        ahead, behind = (torch_attacks.margin(net(point), y) for point in points)
+    said = ((points[0] - points[1]) * gradient).flatten(1).sum(1) / 2
     change = (ahead - behind) / 2
-    seen = h * norms > 1e-12 * logits.abs().amax(1)
-    return seen & ((change - h * norms).abs() > 0.5 * h * norms)
+    seen = (h * norms > 1e-12 * logits.abs().amax(1)) & (said > 0.01 * h * norms)
+    return seen & ((change - said).abs() > 0.5 * said)
 
 
 def noise(x, threat, generator, *, far):

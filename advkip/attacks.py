@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from advkip import inputs
 from advkip.devices import everywhere, jit, over_rows
 
 
@@ -118,19 +119,15 @@ def pgd(
       Attacked images, shape of x.
 
     Raises:
-      ValueError: bad numbers, images outside the range, restarts without a key.
+      ValueError: bad numbers, images or labels (see `inputs`), restarts without a key.
+
+    A gradient that is not finite points nowhere and is taken as 0.
     """
     check_numbers(n_steps, step_size, n_restarts, loss)
     if n_restarts > 1 and key is None:
         raise ValueError("expected a key for random restarts, got None; pass jax.random.key(seed)")
-    x, y = everywhere(x), everywhere(y)
-    integers = y.ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer)
-    if len(y) != len(x) or not (integers or y.ndim == 2):
-        raise ValueError(
-            f"expected y of {len(x)} integers or distributions, got shape {y.shape} of {y.dtype}; "
-            "pass one label an image"
-        )
     check_images(x, threat)
+    x, y = everywhere(x), everywhere(inputs.labels(y, len(x)))
     logits_fn = _as_pytree(logits_fn)
     return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
 
@@ -147,18 +144,8 @@ def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES):
 
 
 def check_images(x, threat):
-    """Raises ValueError unless x is (n, H, W, C) and its pixels are in the range of `threat`."""
-    if jnp.ndim(x) != 4:
-        raise ValueError(
-            f"expected images (n, H, W, C), got shape {jnp.shape(x)}; pass x[..., None] for grey "
-            "images without a channel"
-        )
-    low, high = float(jnp.min(x)), float(jnp.max(x))
-    if not (low >= threat.low - 1e-6 and high <= threat.high + 1e-6):
-        raise ValueError(
-            f"expected pixels in [{threat.low}, {threat.high}], got [{low:.4g}, {high:.4g}]; "
-            "pass images divided by 255, without standardisation and without NaN"
-        )
+    """Raises ValueError unless x is of images whose pixels are in the range of `threat`."""
+    inputs.images(x, low=threat.low, high=threat.high)
 
 
 def _as_pytree(function):
@@ -179,6 +166,8 @@ def _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts):
 
         def step(_, x_attacked):
             g = gradient(x_attacked)
+            # One that is not finite points nowhere, and must not spread to the other pixels.
+            g = jnp.where(jnp.isfinite(g), g, 0)
             if threat.norm == "linf":
                 direction = jnp.sign(g)
             else:
@@ -227,7 +216,7 @@ def _random_start(key, x, threat):
 
 
 def predict(logits_fn, x, *, batch_size):
-    """Logits (n, C) of images x, in batches; `logits_fn` as in `pgd`."""
+    """Logits (n, C) of images x, in batches; `logits_fn` as in `pgd`. No images give (0, C)."""
     logits_fn = _as_pytree(logits_fn)
     return in_batches(partial(_predict, logits_fn), everywhere(x), batch_size=batch_size)
 
@@ -244,7 +233,15 @@ def input_gradient_norm(logits_fn, x, y):
       logits_fn: as in `pgd`.
       x: images, shape (n, ...).
       y: target distributions, shape (n, C).
+
+    Raises:
+      ValueError: labels that do not fit.
     """
+    y = inputs.labels(y, len(x))
+    if y.ndim == 1:
+        raise ValueError(
+            f"expected distributions ({len(x)}, C), got integers; pass data.one_hot(y, n_classes)"
+        )
     return _gradient_norm(_as_pytree(logits_fn), everywhere(x), everywhere(y))
 
 
@@ -264,6 +261,9 @@ def in_batches(function, *arrays, batch_size):
     most `batch_size` rows, the last one moved back to fit.
     """
     n = len(arrays[0])
+    if not n:  # nothing but the shapes of what there would be
+        one = function(*(jnp.zeros((1, *a.shape[1:]), a.dtype) for a in arrays))
+        return jax.tree.map(lambda part: part[:0], one)
     size = -(-n // -(-n // batch_size))
     starts = [min(i, n - size) for i in range(0, n, size)]
     parts = [function(*(a[i : i + size] for a in arrays)) for i in starts]

@@ -21,6 +21,9 @@ from advkip.krr import rows_of_tile
 class KernelNet(torch.nn.Module):
     """Images (n, C, H, W) to logits (n, classes), like any network; in evaluation mode.
 
+    Images (n, H, W, C) of the support's shape are taken as what they are; others are refused.
+    `double()`, here or of a module around this one, puts the machine's sums into float64.
+
     Args:
       machine: a `krr.KernelMachine`.
       batch_size: rows that JAX is given at a time; 0 chooses. Smaller batches are filled up to
@@ -31,20 +34,40 @@ class KernelNet(torch.nn.Module):
         super().__init__()
         self.machine = machine
         self.batch_size = batch_size or rows_of_tile(machine.kernel, len(machine.x_support))
+        # Its dtype follows `double()` and `float()`, also those of a module around this one.
+        self.register_buffer("precision", torch.zeros(0), persistent=False)
         self.eval()
 
     def forward(self, x):
+        height, width, channels = self.machine.x_support.shape[1:]
+        if x.shape[1:] == (height, width, channels) != (channels, height, width):
+            x = x.movedim(3, 1)  # channels last, as the machine's own images are
+        elif x.shape[1:] != (channels, height, width):
+            raise ValueError(
+                f"expected images (n, {channels}, {height}, {width}), got shape {tuple(x.shape)}; "
+                "pass them as PyTorch has them, channels first (nets.to_tensor)"
+            )
         return _Logits.apply(x, self)
+
+    def _apply(self, fn, recurse=True):
+        before = self.precision.dtype
+        super()._apply(fn, recurse)
+        if self.precision.dtype != before:
+            wide = self.precision.dtype == torch.float64
+            self.machine = _in_precision(self.machine, "float64" if wide else "float32")
+        return self
 
     def in_float64(self):
         """The same machine with its sums in double precision."""
-        with jax.enable_x64(True):
-            support, alpha = (
-                jnp.asarray(np.asarray(a), "float64")
-                for a in (self.machine.x_support, self.machine.alpha)
-            )
-            machine = dataclasses.replace(self.machine, x_support=support, alpha=alpha)
-        return KernelNet(machine, batch_size=self.batch_size)
+        return KernelNet(self.machine, batch_size=self.batch_size).double()
+
+
+def _in_precision(machine, dtype):
+    """The machine with its arrays, and so its sums, in another precision."""
+    with jax.enable_x64(dtype == "float64"):
+        arrays = {key: jnp.asarray(np.asarray(getattr(machine, key)), dtype)
+                  for key in ("x_support", "alpha")}  # fmt: skip
+    return dataclasses.replace(machine, **arrays)
 
 
 class _Logits(torch.autograd.Function):
@@ -71,7 +94,7 @@ def _rows_of(net, function, x, *rest):
     with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
         arrays = [_to_jax(a, dtype) for a in (x.movedim(1, 3), *rest)]
         n, most = len(x), net.batch_size
-        size = min(most, 1 << (n - 1).bit_length())
+        size = min(most, 1 << max(n - 1, 0).bit_length())
         arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
         return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
 

@@ -17,6 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+DARK, ALIKE = 32, 3
+"""A largest uint8 pixel below the first is no image of 0..255; largest pixels of training and test
+images that differ by more than a factor of the second are not of one scale."""
+
 CACHE = Path("~/.cache/advkip")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 STREAMS = {
@@ -108,6 +112,13 @@ def _dataset(path, arrays, settings):
             arrays["x_train"], arrays["y_train"], "train", in_range=not settings
         )
         x_test, y_test = _checked(arrays["x_test"], arrays["y_test"], "test")
+        _check_alike(x_train, x_test, distilled=bool(settings))
+        strangers = sorted(set(y_test.tolist()) - set(y_train.tolist()))
+        if strangers and arrays["y_train"].ndim == 1:
+            raise ValueError(
+                f"expected test labels that training images have, got {strangers[:5]} in y_test "
+                "alone; pass labels 0, 1, ..., C - 1 of the same classes in both"
+            )
         if x_train.shape[1:] != x_test.shape[1:]:
             raise ValueError(
                 f"expected train and test images of one shape, got {x_train.shape[1:]} and "
@@ -121,12 +132,21 @@ def _dataset(path, arrays, settings):
     return Dataset(x_train, y_train, x_test, y_test, n_classes)
 
 
+KERNEL_SETTINGS = ("kernel", "W_std", "b_std", "diag_reg")
+"""Settings of an experiment that a kernel machine depends on besides its images and labels."""
+
+
 class TrainingSet(NamedTuple):
     """What networks are trained on."""
 
     x: np.ndarray  # images (N, H, W, C), float32; a distilled set's may leave [0, 1]
     y: np.ndarray  # label vectors (N, classes), float32
-    kernel: str = ""  # that a distilled set was made with
+    settings: dict | None = None  # KERNEL_SETTINGS that a distilled set was made with
+
+    @property
+    def kernel(self):
+        """The name of the kernel that a distilled set was made with, or ''."""
+        return self.settings["kernel"] if self.settings else ""
 
 
 def training_set(path, *, n_classes=0, center=False):
@@ -152,10 +172,10 @@ def training_set(path, *, n_classes=0, center=False):
     try:
         settings = json.loads(settings)
         name = "adv-kip" if settings["pgd_steps"] else "kip"
-        kernel = str(settings["kernel"])
+        made = {key: settings[key] for key in KERNEL_SETTINGS}
     except (ValueError, KeyError, TypeError):  # not written by `distill.save`
-        name, kernel = Path(path).stem, ""
-    return name, TrainingSet(to_float(dataset.x_train), labels.astype("float32"), kernel)
+        name, made = Path(path).stem, None
+    return name, TrainingSet(to_float(dataset.x_train), labels.astype("float32"), made)
 
 
 def draw_original(splits, n, *, seed, center=False):
@@ -222,7 +242,7 @@ def _checked(x, y, part, *, in_range=True):
     if x.dtype != np.uint8:
         if not np.issubdtype(x.dtype, np.floating):
             raise ValueError(
-                f"expected x_{part} as uint8 or float, got {x.dtype}; pass x.astype('uint8')"
+                f"expected x_{part} as uint8 or float, got {x.dtype}; pass {_advice(x)}"
             )
         outside = in_range and (x.min() < 0 or x.max() > 1)
         if outside or not np.isfinite(x).all():
@@ -230,7 +250,13 @@ def _checked(x, y, part, *, in_range=True):
                 f"expected float x_{part} in [0, 1], got [{np.min(x):.4g}, {np.max(x):.4g}]; "
                 "pass pixels divided by 255 (not standardised), or as uint8"
             )
-    if y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating):
+    elif 0 < x.max() < DARK:
+        raise ValueError(
+            f"expected uint8 x_{part} of 0..255, got a largest pixel of {x.max()}; pass "
+            f"{_advice(x)}"
+        )
+    vectors = y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating)
+    if vectors:
         y = y.argmax(1)
     y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
@@ -240,7 +266,43 @@ def _checked(x, y, part, *, in_range=True):
         )
     if y.min() < 0:
         raise ValueError(f"expected labels y_{part} from 0, got {y.min()}; pass 0, 1, ..., C - 1")
+    missing = np.flatnonzero(np.bincount(np.minimum(y, 10**6)) == 0)
+    if part == "train" and len(missing) and not vectors:
+        hint = "y - 1 (in y_test, too)" if missing.tolist() == [0] else "0, 1, ..., C - 1"
+        raise ValueError(
+            f"expected labels y_train of every class from 0 to {y.max()}, got none of "
+            f"{missing[:5].tolist()}; pass {hint}"
+        )
     return x, y.astype(np.int64)
+
+
+def _advice(x):
+    """How to pass images of other numbers as floats, by what their numbers are."""
+    most = int(x.max())
+    return "x.astype('float32')" if most <= 1 else f"(x / {_scale_of(most)}).astype('float32')"
+
+
+def _scale_of(most):
+    """The white of images whose largest pixel is `most`."""
+    return next((white for white in (16, 255, 1023, 4095, 65535) if most <= white), most)
+
+
+def _check_alike(x_train, x_test, *, distilled):
+    """Refuses parts of another kind or scale; a distilled set is floats beside any test images."""
+    if distilled:
+        return
+    kinds = [x.dtype == np.uint8 for x in (x_train, x_test)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"expected x_train and x_test of one kind, got {x_train.dtype} and {x_test.dtype}; "
+            "pass both as uint8 of 0..255 or both as floats in [0, 1]"
+        )
+    brightest = [float(x.max()) for x in (x_train, x_test)]
+    if max(brightest) > ALIKE * min(brightest):
+        raise ValueError(
+            f"expected x_train and x_test of one scale, got largest pixels of {brightest[0]:.4g} "
+            f"and {brightest[1]:.4g}; pass both divided by the same white"
+        )
 
 
 def _digits():

@@ -46,6 +46,8 @@ def everywhere(x):
     """x as an array on all devices, each with a full copy; every host passes the same x."""
     if jax.device_count() == 1:
         return jnp.asarray(x)
+    if not isinstance(x, jax.Array):  # `device_put` may share the caller's memory
+        x = np.array(x)
     return jax.device_put(x, NamedSharding(_mesh(), PartitionSpec()))
 
 

@@ -8,16 +8,15 @@ et al. 2018; Carlini et al. 2019; Pintor et al. 2022). `verdict` has the rule an
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from advkip import around, evaluate, nets, torch_attacks, verdict
+from advkip import around, evaluate, hard_label, models, nets, torch_attacks, verdict
 from advkip.attacks import Threat
 from advkip.config import ATTACK_PARTS, UNTARGETED_PARTS
-from advkip.verdict import CHANCE, NOTHING, ONE_ANSWER, OTHER, STEADY
+from advkip.verdict import CHANCE, NOTHING, ONE_ANSWER, OTHER, STEADY, Diagnosis
 
 DRAWS = 10
 """Passes that are compared, and averaged over when they differ; points of either kind of noise."""
@@ -26,36 +25,8 @@ SWEEP_STEPS = 40
 """PGD steps, at least, in growing balls: few do not get far enough."""
 
 
-class Diagnosis(NamedTuple):
-    """A verdict and what it rests on. Accuracies and shares in [0, 1]."""
-
-    verdict: str  # "genuine", "masked" or "inconclusive"
-    reasons: list  # sentences
-    n: int  # images
-    clean: float
-    claimed: float  # accuracy under FGSM and PGD, worst case of each image
-    strong: float  # what of it is left after every attack
-    kept: tuple  # strong / claimed with its 95 % interval: (share, low, high); None without claim
-    checks: list  # `verdict.Check`s
-    broken: dict  # {attack: share of the claimed images that it breaks}
-    sweep: dict  # {radius: accuracy under PGD, worst case over the radii so far}
-    gradients: dict  # {"right", "wrong"}: mean input-gradient norm of such images; None: no such
-    rounded: dict  # {"partly", "wholly"}: share of images read right, log-odds > ROUNDED, LOST
-    log_odds: np.ndarray  # (n,): of the right class, large where the model is sure
-    right: np.ndarray  # bool (n,): images that are read correctly
-    withstood: np.ndarray  # bool (n,): the claimed ones of them
-    left: np.ndarray  # bool (n,): images that withstood everything
-
-    def to_dict(self):
-        """Plain JSON values, without the images."""
-        fields = self._asdict()
-        for images in ("log_odds", "right", "withstood", "left"):
-            fields.pop(images)
-        fields["checks"] = [check._asdict() for check in self.checks]
-        fields["sweep"] = {f"{radius:g}": value for radius, value in self.sweep.items()}
-        return fields
-
-
+@torch.inference_mode(False)
+@torch.enable_grad()
 def diagnose(
     model, x, y, *, threat, step_size, n_steps=40, sources=None, parts=ATTACK_PARTS, seed=0,
     batch_size=0, checkpoint_dir=None, progress=True,
@@ -69,7 +40,8 @@ def diagnose(
       x, y: images in [0, 1], shape (n, H, W, C), and integer labels; 100 or more say something.
       threat, step_size: of the claim, as for `evaluate.evaluate`.
       n_steps: of the claim's PGD.
-      sources: {name: network or kernel machine} whose adversarial images are tried on the model.
+      sources: {name: network or kernel machine} whose adversarial images are tried on the model,
+        besides those of an imitation of it that is always made (`hard_label`).
       parts: of AutoAttack (`config.ATTACK_PARTS`), each tried on all claimed images; fewer are
         quicker, and then nothing here is AutoAttack 'standard'.
       seed: of everything random, also in the model if it draws from PyTorch, NumPy or `random`;
@@ -104,7 +76,8 @@ def diagnose(
         with tqdm(desc="diagnosis", unit="check", disable=not progress) as bar:
             steps = (
                 case.claim, case.look_at_gradients, case.grow_the_ball, case.attack_again,
-                partial(case.autoattack, parts), partial(case.transfer, sources or {}), case.noise,
+                partial(case.autoattack, parts), partial(case.transfer, sources or {}),
+                case.by_labels, case.noise,
             )  # fmt: skip
             for i, step in enumerate(steps, 1):
                 # Each anew: an attack that is read back from a checkpoint draws nothing.
@@ -122,7 +95,7 @@ class _Case:
                  progress):  # fmt: skip
         self.x, self.y, self.threat, self.seed = x, y.astype("int64"), threat, seed
         self.step_size, self.n_steps = step_size, n_steps
-        self.wrap = partial(_wrap_seen, batch_size=batch_size, x=x)
+        self.wrap = partial(models.wrap_seen, batch_size=batch_size, x=x)
         self.measure = partial(
             evaluate.evaluate, threat=threat, step_size=step_size, seed=seed,
             batch_size=batch_size, checkpoint_dir=checkpoint_dir, progress=progress,
@@ -300,7 +273,7 @@ class _Case:
 
     def transfer(self, sources):
         """Do adversarial images of other models break images that withstood all of this?"""
-        new = np.zeros(len(self.standing), bool)
+        new = self.breaks("from imitation", self.imitated())
         for name, source in sources.items():
             other = self.wrap(source)[1]
 
@@ -310,7 +283,41 @@ class _Case:
 
             new |= self.breaks(f"from {name}", self.wrong_after(attack))
         text = "claimed images that adversarial images of another model break, and no attack above"
-        self.add_broken("transfer", new if sources else None, STEADY, text)
+        self.add_broken("transfer", new, STEADY, text)
+
+    def imitated(self):
+        """Which claimed images those of a network break that has learned the model's answers."""
+        seed = nets.derived_seed(self.seed, "diagnosis", 100)
+        copy = hard_label.imitate(
+            self.in_batches, self.whole(self.x, self.y)[0], self.threat, seed=seed
+        )
+        x, y = self.whole(self.x_claimed, self.y_claimed)
+        self.imitations = hard_label.images(copy, x, y, self.threat, seed=seed)
+        found = [self.wrong(moved, y).cpu().numpy() for moved in self.imitations]
+        return np.any(found, axis=0) if found else np.zeros(0, bool)
+
+    def by_labels(self):
+        """Does an attack that sees the model's answers alone break what is left?"""
+        x, y = self.whole(self.x_claimed, self.y_claimed)
+        rest = torch.as_tensor(self.standing, device=x.device)
+        seed = nets.derived_seed(self.seed, "diagnosis", 101)
+        found = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        found[rest] = hard_label.rays(
+            self.in_batches, x[rest], y[rest], self.threat, seed=seed,
+            towards=[moved[rest] for moved in self.imitations[:2]],
+        )  # fmt: skip
+        new = self.breaks("labels alone", found.cpu().numpy())
+        text = "claimed images that answers alone lead to break, and no attack above"
+        self.add_broken("labels alone", new, STEADY, text)
+
+    def in_batches(self, x):
+        """The model's logits, a batch at a time; of no images, none."""
+        return torch.cat([self.net(part) for part in x.split(self.wrapped.batch_size)])
+
+    def whole(self, x, y):
+        """All images and labels as tensors."""
+        images = self.wrapped.tensor(x)
+        return images, torch.as_tensor(y).to(images.device)
 
     def noise(self):
         """Does mere noise?"""
@@ -378,7 +385,7 @@ class _Case:
     def wrong(self, x, y):
         """Which images are read wrongly; logits that are not finite read nothing."""
         with torch.no_grad():
-            logits = self.net(x)
+            logits = self.in_batches(x)
         return (logits.argmax(1) != y) & logits.isfinite().all(1)
 
     def wrong_on_the_way(self):
@@ -392,12 +399,3 @@ class _Case:
                 ever |= wrong
             found.append(torch.stack([ever, ever & ~wrong]).cpu().numpy())
         return np.concatenate(found, 1)
-
-
-def _wrap_seen(model, *, x, batch_size):
-    """(the model, `evaluate.wrap` of it), with a gradient of 0 if autograd sees none."""
-    wrapped = evaluate.wrap(model, batch_size=batch_size)
-    if not wrapped.gradient(x[:2]).size:
-        model = around.WithoutGradient(wrapped.net)
-        wrapped = evaluate.wrap(model, batch_size=batch_size)
-    return model, wrapped

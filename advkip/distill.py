@@ -18,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 import advkip
-from advkip import attacks, data, files, kernels, krr
+from advkip import attacks, checkpoint, data, kernels, krr
 
 DIVERGED = 100
 """A run stops when its loss exceeds this many times the larger of 1 and its first loss."""
@@ -93,7 +93,7 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
     path = checkpoint_dir and Path(checkpoint_dir) / f"checkpoint-{experiment.fingerprint()}.npz"
     state = run.start(initial)
     if path and path.exists():
-        state = _load_state(path, state, run)
+        state = checkpoint.load(path, state, run)
         if state.step > experiment.n_steps:
             raise ValueError(
                 f"expected a checkpoint of at most {experiment.n_steps} steps, got {state.step} "
@@ -111,20 +111,20 @@ def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=Tr
                 bar.update(state.step - bar.n)
                 bar.set_postfix_str(_summary(state.history[-1]), refresh=False)
                 if path and state.step - saved >= experiment.checkpoint_every:
-                    _save_state(path, state, run)
+                    checkpoint.save(path, state, run)
                     saved = state.step
         except (FloatingPointError, KeyboardInterrupt) as error:
             if path:
-                _save_state(path, state, run)
+                checkpoint.save(path, state, run)
             if isinstance(error, KeyboardInterrupt):
                 raise
             kept = _result(state, initial, "diverged", run.data)
             if path:
                 file = path.with_name(path.name.replace("checkpoint", "kept"))
-                _write(file, x_support=kept.x_support, y_support=kept.y_support)
+                checkpoint.write(file, x_support=kept.x_support, y_support=kept.y_support)
             raise DivergedError(str(error), kept) from error
     if path:
-        _save_state(path, state, run)
+        checkpoint.save(path, state, run)
     return _result(state, initial, reason, run.data)
 
 
@@ -305,55 +305,13 @@ def _result(state, initial, reason, data_seen):
     )  # fmt: skip
 
 
-def _save_state(path, state, run):
-    """Writes the state aside first, so that a cut-off write leaves the old file whole."""
-    leaves = jax.tree_util.tree_leaves((state.support, state.optimizer_states, state.best))
-    notes = {
-        "step": state.step, "best_step": state.best_step, "best_score": state.best_score,
-        "history": state.history, "seconds": state.seconds,
-        "experiment": run.experiment.to_dict(), "probe": run.probe, "data": run.data,
-    }  # fmt: skip
-    _write(path, notes=json.dumps(notes), **{f"leaf{i}": a for i, a in enumerate(leaves)})
-
-
-def _load_state(path, template, run):
-    """The state in a checkpoint of the same settings, kernel and data, shaped as `template`."""
-    parts = (template.support, template.optimizer_states, template.best)
-    leaves, structure = jax.tree_util.tree_flatten(parts)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            notes = json.loads(str(file["notes"]))
-            loaded = [jnp.asarray(file[f"leaf{i}"]) for i in range(len(leaves))]
-    except Exception as error:
-        raise ValueError(
-            f"expected a checkpoint in {path}, got {error}; delete the file to start again"
-        ) from error
-    settings = type(run.experiment)(**notes["experiment"]).distillation()
-    others = {
-        "settings": settings != run.experiment.distillation(),
-        "kernel": not np.allclose(notes["probe"], run.probe, rtol=1e-3),
-        "training data": notes.get("data") != run.data,
-    }
-    if any(others.values()):
-        found = ", ".join(name for name, other in others.items() if other)
-        raise ValueError(
-            f"expected {path} to be of the same settings, kernel and images, got other {found}; "
-            "delete the file, or pass another checkpoint_dir"
-        )
-    support, states, best = jax.tree_util.tree_unflatten(structure, loaded)
-    return _State(
-        notes["step"], support, states, best, notes["best_step"], notes["best_score"],
-        tuple(notes["history"]), notes["seconds"],
-    )  # fmt: skip
-
-
 def save(path, distilled, experiment, dataset):
     """Writes a distilled set as .npz, with its settings inside; `data.from_npz` reads it.
 
     Keys: x_train and y_train are the distilled images and label vectors, x_test and y_test the
     data set's own test images; `experiment` is the settings as JSON.
     """
-    _write(
+    checkpoint.write(
         Path(path), x_train=distilled.x_support, y_train=distilled.y_support,
         x_test=dataset.x_test, y_test=dataset.y_test, step=distilled.step,
         experiment=json.dumps(experiment.to_dict()), version=advkip.__version__,
@@ -395,6 +353,31 @@ def training_sets(experiment, splits, dataset, folder, names=None):
     return sets
 
 
+def machine(chosen, experiment):
+    """The kernel machine of a training set, Eq. 4.
+
+    A set that a kernel made is fitted as it was made, with its own kernel, W_std, b_std and ridge,
+    which stand in its file; any other with the experiment's, on its first n_support images.
+
+    Args:
+      chosen: a `data.TrainingSet`.
+      experiment: an `Experiment`.
+
+    Returns:
+      A `krr.KernelMachine` of the experiment's dtype.
+
+    Raises:
+      ValueError, FloatingPointError: as `krr.fit`.
+    """
+    made = chosen.settings or {key: getattr(experiment, key) for key in data.KERNEL_SETTINGS}
+    kernel = kernels.by_name(made["kernel"], W_std=made["W_std"], b_std=made["b_std"])
+    n = None if chosen.settings else experiment.n_support
+    support = (part[:n].astype(experiment.dtype) for part in (chosen.x, chosen.y))
+    return krr.fit(
+        kernel, *support, diag_reg=made["diag_reg"], block_size=experiment.block_size
+    ).machine
+
+
 def _distilled_set(experiment, splits, dataset, folder):
     file = "adv-kip.npz" if experiment.pgd_steps else "kip.npz"
     path = Path(experiment.distilled_set or Path(folder) / file)
@@ -422,10 +405,3 @@ def _is_of(path, experiment, splits):
     keys = (*experiment.distillation(), "n_steps")
     same = all(settings.get(k) == experiment.to_dict()[k] for k in keys)
     return same and seen == data.fingerprint(splits)
-
-
-def _write(path, **arrays):
-    if jax.process_index():  # of several hosts, which all have the same arrays, the first writes
-        return
-    with files.replacing(path) as file:
-        np.savez(file, **arrays)

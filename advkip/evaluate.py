@@ -20,24 +20,20 @@ run in JAX, AutoAttack through `bridge`.
 import hashlib
 import importlib.metadata
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import advkip
-from advkip import attacks, bridge, files, krr, nets, torch_attacks
-from advkip.config import ATTACK, ATTACK_PARTS, UNTARGETED_PARTS
+from advkip import attacks, files, inputs, krr, nets
+from advkip.config import ATTACK, ATTACK_PARTS
+from advkip.models import wrap
 
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""
-
-BATCH = 100 if nets.device().type == "cpu" else 500
-"""Images that a network is given at a time."""
 
 
 class Outcome(NamedTuple):
@@ -53,6 +49,8 @@ class Outcome(NamedTuple):
     x_attacked: np.ndarray  # the first `keep` attacked images
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def evaluate(
     model, x, y, *, threat, attack_names, step_size, threat_l2=None, step_size_l2=None, seed=0,
     batch_size=0, keep=0, checkpoint_dir=None, progress=True,
@@ -61,8 +59,9 @@ def evaluate(
 
     Args:
       model: a `krr.KernelMachine`, or a `torch.nn.Module` of images (n, C, H, W) in [0, 1] to
-        logits, in evaluation mode.
-      x, y: images in [0, 1], shape (n, H, W, C), and integer labels (n,).
+        logits, in evaluation mode. It is given copies of the images; the attacks' pixels are
+        float32 (float64 for a network in float64), also where its own are float16 or bfloat16.
+      x, y: images in [0, 1], shape (n, H, W, C), and integer labels (n,) or (n, 1).
       threat: an `attacks.Threat`, of all attacks but those whose name ends in '-l2'.
       attack_names: see the module's text; 'clean' comes first by itself.
       step_size: of PGD, in pixel units.
@@ -78,25 +77,23 @@ def evaluate(
       A list of `Outcome`, 'clean' first.
 
     Raises:
-      ValueError: an unknown attack, labels that do not fit, pixels outside the range, a radius
-        that looks like one of pixels in 0..255, a network in training mode, probabilities instead
-        of logits, a checkpoint that cannot be read.
+      ValueError: an unknown attack, labels or images that do not fit (see `inputs`), a radius
+        that looks like one of pixels in 0..255, a network in training mode, or whose answers depend
+        on the batch, probabilities, sigmoids or a single number instead of logits, Square in an l2
+        ball on images that it cannot tile, a checkpoint that cannot be read.
       FloatingPointError: logits that are not finite, or an attack that left the ball.
     """
-    x, y = np.asarray(x), np.asarray(y)
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer) or not len(y):
-        raise ValueError(
-            f"expected one integer label an image, got labels {y.shape} of {y.dtype} for images "
-            f"{x.shape}; pass argmax of one-hot labels"
-        )
-    y = y.astype("int64")
+    x = np.asarray(x)
     attacks.check_images(x, threat)
+    y = inputs.labels(y, len(x), vectors=False)
     plans = {"clean": (threat, None)}
     for name in attack_names:
         plans[name] = _plan(name, x, threat, step_size, threat_l2, step_size_l2)
     wrapped = wrap(model, seed=seed, batch_size=batch_size)
     size = wrapped.batch_size
-    _check_logits(wrapped.logits(x[:size]), y)
+    first = wrapped.logits(x[:size])
+    _check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
+    _check_order_of_images(wrapped, x[:size], first)
     done = _Checkpoint(checkpoint_dir, wrapped, x, y)
 
     outcomes, robust = [], {}
@@ -132,12 +129,6 @@ def evaluate(
             )  # fmt: skip
     check_order(outcomes)
     return outcomes
-
-
-def wrap(model, *, seed=0, batch_size=0):
-    """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`."""
-    kind = _Machine if isinstance(model, krr.KernelMachine) else _Network
-    return kind(model, seed, batch_size)
 
 
 def check_order(outcomes):
@@ -181,6 +172,12 @@ def _plan(name, x, threat, step_size, threat_l2, step_size_l2):
             f"expected an l2 radius of at most {diameter:.1f}, the largest distance of two images "
             f"in [0, 1], got {threat.epsilon:g}; pass 128/255 for what is sometimes written 128"
         )
+    if threat.norm == "l2" and base in ("square", "autoattack") and not square_tiles(x.shape[1:3]):
+        raise ValueError(
+            f"expected images that Square can tile in an l2 ball for {name!r}, got "
+            f"{x.shape[1]} x {x.shape[2]}; pass other attacks ('apgd-ce', 'apgd-t', 'fab-t'), an "
+            "l_inf threat, or images padded to 16, 20, 28 or 32 pixels"
+        )
     if base.startswith("pgd") and step_size is None:
         raise ValueError(f"expected step_size_l2 for {name!r}, got None; pass one in pixel units")
     if base.startswith("pgd") and not 0 <= step_size <= 2 * threat.epsilon:
@@ -189,6 +186,19 @@ def _plan(name, x, threat, step_size, threat_l2, step_size_l2):
             f"{threat.epsilon:g}, got {step_size:g}; pass 2/255 for what is sometimes written 2"
         )
     return threat, step_size
+
+
+def square_tiles(shape):
+    """Whether the official Square's start in an l2 ball fits on images of shape (H, W).
+
+    It puts H // s by W // s squares of side s = H // 5 side by side from an offset of
+    (H - 5 s) // 2, and runs over the edge of some (fra31/auto-attack, issue 95).
+    """
+    side = shape[0] // 5
+    if side < 2:
+        return side == 1
+    offset = (shape[0] - 5 * side) // 2
+    return all(offset + size // side * side <= size for size in shape)
 
 
 def _attack(wrapped, name, x, y, threat, step_size):
@@ -211,163 +221,60 @@ def _attack(wrapped, name, x, y, threat, step_size):
     return logits.argmax(1) == y, attacked
 
 
-class _Network:
-    """A PyTorch network as `evaluate` needs it: arrays in, arrays out."""
-
-    def __init__(self, net, seed, batch_size):
-        if not isinstance(net, torch.nn.Module):
-            raise ValueError(
-                f"expected a krr.KernelMachine or a torch.nn.Module, got {type(net).__name__}; "
-                "pass one of them"
-            )
-        nets.check_evaluated(net)
-        self.net, self.seed, self.batch_size = net, seed, batch_size or BATCH
-        self.model = f"{type(net).__qualname__} {net!r}"
-        own = [*net.parameters(), *net.buffers()]
-        self.like = next((t for t in own if t.is_floating_point()), None)
-
-    def weights(self):
-        """What the model is, as arrays."""
-        return [tensor.cpu().numpy() for tensor in self.net.state_dict().values()]
-
-    def tensor(self, x):
-        """Images as the network takes them: on its device, in its dtype."""
-        return nets.to_tensor(x, like=self.like)
-
-    def like_own(self, x):
-        """A tensor of images on the network's device, in its dtype."""
-        return x if self.like is None else x.to(self.like.device, self.like.dtype)
-
-    def gradient(self, x):
-        """d(sum of the logits)/dx, or an empty array where autograd sees none."""
-        x = self.tensor(x).requires_grad_()
-        try:
-            with torch.enable_grad(), nets.deterministic():
-                # A copy, since the network may change its input in place.
-                (found,) = torch.autograd.grad(self.net(x.clone()).sum(), x, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, BufferError, TypeError):
-            found = None  # detached, or computed elsewhere (NumPy and DLPack refuse such a tensor)
-        return np.zeros(0) if found is None else found.cpu().numpy()
-
-    def logits(self, x):
-        with torch.no_grad(), nets.deterministic():
-            parts = [self.net(a) for a in self.tensor(x).split(self.batch_size)]
-        return torch.cat(parts).cpu().numpy()
-
-    def attack(self, name, x, y, threat, step_size):
-        """Attacked images of an attack's name without '-l2'."""
-        x = self.tensor(x)
-        y = torch.as_tensor(y).to(x.device)
-        if not (name == "fgsm" or name.startswith("pgd")):
-            return nets.to_array(_autoattack(self.net, name, x, y, threat, self.seed))
-        if name == "fgsm":
-            return nets.to_array(torch_attacks.fgsm(self.net, x, y, threat=threat))
-        steps, restarts = _numbers(name)
-        attacked = torch_attacks.pgd(
-            self.net, x, y, threat=threat, n_steps=steps, step_size=step_size,
-            n_restarts=restarts or 1,
-            generator=torch.Generator().manual_seed(self.seed) if restarts else None,
-        )  # fmt: skip
-        return nets.to_array(attacked)
-
-
-class _Machine(_Network):
-    """A kernel machine; what JAX has of attacks runs there, the rest through the bridge."""
-
-    def __init__(self, machine, seed, batch_size):
-        net = bridge.KernelNet(machine, batch_size=batch_size)
-        super().__init__(net, seed, net.batch_size)
-        self.machine, self.model = machine, f"{machine.kernel}"
-
-    def weights(self):
-        return [np.asarray(self.machine.x_support), np.asarray(self.machine.alpha)]
-
-    def logits(self, x):
-        return np.asarray(attacks.predict(self.machine, x, batch_size=self.batch_size))
-
-    def attack(self, name, x, y, threat, step_size):
-        if name == "fgsm":
-            attack = partial(attacks.fgsm, self.machine, threat=threat)
-        elif name.startswith("pgd"):
-            steps, restarts = _numbers(name)
-            attack = partial(
-                attacks.pgd, self.machine, threat=threat, n_steps=steps, step_size=step_size,
-                n_restarts=restarts or 1, key=jax.random.key(self.seed) if restarts else None,
-            )  # fmt: skip
-        else:
-            return super().attack(name, x, y, threat, step_size)
-        return np.asarray(attack(x, y))
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity, with a gradient that can be viewed: AutoAttack does, and that of a convolution
-    on colour images may have its channels last in memory."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.contiguous()
-
-
-def _autoattack(net, name, x, y, threat, seed):
-    """The official code, 'standard' or one of its parts."""
-    from pyautoattack import AutoAttack
-
-    with torch.no_grad():
-        n_classes = net(x[:1]).shape[1]
-    if n_classes < 4 and name not in UNTARGETED_PARTS:
-        raise ValueError(
-            f"expected 4 classes or more for {name!r}, whose targeted losses need them, got "
-            f"{n_classes}; pass 'apgd-ce' or 'square'"
-        )
-    if (threat.low, threat.high) != (0, 1):
-        raise ValueError(
-            f"expected the range [0, 1] for {name!r}, got [{threat.low}, {threat.high}]; pass a "
-            "Threat with low 0 and high 1, and images that fit"
-        )
-
-    def logits(x_single):  # it works in single precision, which the network need not
-        return net(_ContiguousGradient.apply(x_single).to(x.dtype)).float()
-
-    adversary = AutoAttack(
-        logits, version="standard", seed=seed, norm={"linf": "Linf", "l2": "L2"}[threat.norm],
-        eps=threat.epsilon, device=x.device,
-    )  # fmt: skip
-    adversary.verbose = False
-    # As 'standard' has it for 10 classes; with fewer, every other class is a target.
-    targets = min(9, n_classes - 1)
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    if name != "autoattack":
-        adversary.attacks_to_run = [name]
-    return adversary.run_standard_evaluation(x.float(), y, batch_size=len(x))[0].to(x.dtype)
-
-
-def _numbers(name):
-    """(steps, random restarts or 0) of 'pgd40' or 'pgd40x5'."""
-    steps, _, restarts = name[3:].partition("x")
-    return int(steps), int(restarts or 0)
-
-
-def _check_logits(logits, y):
-    if logits.ndim != 2 or len(logits) == 0 or y.max() >= logits.shape[1] or y.min() < 0:
+def _check_logits(logits, y, *, machine):
+    """Refuses what are no logits; of a kernel `machine` any numbers may come."""
+    if logits.ndim != 2 or logits.shape[1] < 2 or y.max() >= logits.shape[1]:
         raise ValueError(
             f"expected logits (n, classes) for labels {y.min()} to {y.max()}, got shape "
-            f"{logits.shape}; pass a model with one logit a class"
+            f"{logits.shape}; pass a model with one logit a class, two or more"
         )
     if not np.isfinite(logits).all():
-        raise FloatingPointError(
-            "expected finite logits on clean images, got NaN or infinity; fit the machine with a "
-            "larger diag_reg, or train the network with a smaller learning rate"
+        masked = np.isneginf(logits).any() and not np.isnan(logits).any()
+        hint = (
+            "pass a model whose impossible classes have -1e4 instead of -inf"
+            if masked
+            else "fit the machine with a larger diag_reg, or train the network with a smaller "
+            "learning rate"
         )
-    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-4):
+        kind = "-inf" if masked else "NaN or infinity"
+        raise FloatingPointError(f"expected finite logits on clean images, got {kind}; {hint}")
+    if machine or (logits == logits[:1]).all():  # constant answers say nothing of their kind
+        return
+    sums = logits.sum(1)
+    shares = (logits >= 0).all() and np.allclose(sums, sums.mean(), rtol=0.02)
+    if shares or ((logits >= 0).all() and (logits <= 1).all()):
+        kind = "probabilities" if shares else "sigmoids or probabilities, all in [0, 1]"
         raise ValueError(
-            "expected logits, got rows that are probabilities; remove the softmax, which flattens "
-            "the gradients that attacks need"
+            f"expected logits, got rows that are {kind}; remove the softmax or sigmoid, which "
+            "flattens the gradients that attacks need"
+        )
+
+
+REPEATS = 12
+"""Passes over the same batch, of which one differs if a network is random."""
+
+
+def _check_order_of_images(wrapped, x, logits):
+    """Refuses a network that answers otherwise when an image is in other company.
+
+    One that is random anyway is not asked.
+    """
+    if len(x) < 2:
+        return
+    half = len(x) // 2
+    close = {"rtol": 1e-2, "atol": 1e-2 * np.abs(logits).max()}
+
+    def others(found):
+        return (~np.isclose(found, logits, **close)).any(1).sum()
+
+    parts = (part[::-1] for part in (x[:half], x[half:]))
+    found = np.concatenate([wrapped.logits(part)[::-1] for part in parts])
+    # One image of ten may be on the edge of a step: products of other shapes round otherwise.
+    few = max(1, len(x) // 10)
+    if others(found) > few and not any(others(wrapped.logits(x)) for _ in range(REPEATS)):
+        raise ValueError(
+            "expected an answer to each image that depends on it alone, got others in another "
+            "batch; pass a network whose normalisation has running statistics, in evaluation mode"
         )
 
 

@@ -1,6 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and folders that one process has at a time."""
 
+import fcntl
 import os
+import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,3 +20,35 @@ def replacing(path):
     with open(temporary, "wb") as file:
         yield file
     os.replace(temporary, path)
+
+
+@contextmanager
+def taken(folder):
+    """Holds a folder for this process: a second one is refused until this one ends.
+
+    The file `.lock` in it names the process. The system gives the lock back when the process is
+    gone, however it went, so a file that is left over hinders nobody.
+
+    Raises:
+      ValueError: another process holds the folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(
+                f"expected {folder} to be free, got a run in it ({owner}); wait for it or stop it, "
+                "or pass --set name=... for a folder of its own"
+            ) from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -42,6 +42,7 @@ from advkip.tiled import (
     Kernel,
     Stax,
     arccos,
+    as_floats,
     check_architecture,
     cusp_width,
     inverse,
@@ -180,7 +181,7 @@ def _in_order(first, sigma):
 
 
 def _flat(x):
-    return x.reshape(x.shape[0], -1)
+    return as_floats(x).reshape(x.shape[0], -1)
 
 
 def stax_module():

@@ -38,8 +38,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from advkip import inputs
 from advkip.devices import (
+    CHOLESKY_DIRECT,
     cholesky_in_place,
     cholesky_solve,
     even_size,
@@ -49,6 +52,18 @@ from advkip.devices import (
     product,
     tile_floats,
 )
+
+RESIDUAL = 0.01
+"""Largest residual of a float32 solve, relative to the largest label, that is let through."""
+
+STEEP, STEEPEST = 50, 1e5
+"""Coefficients relative to labels / k(x, x). With the largest of them below STEEP float32 kernels,
+which are wrong by 2e-4 at worst (arccos near 1), leave a residual of RESIDUAL at most, so it need
+not be computed. With a Euclidean norm above STEEPEST even their usual rounding, 1e-7, would be seen
+in every prediction."""
+
+ROWS = 16
+"""Rows of the system in which a residual is computed: those of the largest |alpha_i|."""
 
 
 @partial(
@@ -60,8 +75,9 @@ from advkip.devices import (
 class KernelMachine:
     """A fitted kernel classifier; calling it on images x (n, ...) gives logits (n, C), Eq. 4.
 
-    It is a JAX pytree, so it passes through `jax.jit` as an argument, and its derivative with
-    respect to x uses the kernel's exact pullback.
+    Images have the shape of the support's, floats or uint8 of 0..255. It is a JAX pytree, so it
+    passes through `jax.jit` as an argument, and its derivative with respect to x uses the kernel's
+    exact pullback.
     """
 
     kernel: object
@@ -69,6 +85,15 @@ class KernelMachine:
     alpha: jax.Array
 
     def __call__(self, x):
+        if x.shape[1:] != self.x_support.shape[1:]:
+            raise ValueError(
+                f"expected images (n, {', '.join(map(str, self.x_support.shape[1:]))}), like the "
+                f"support, got shape {tuple(x.shape)}; pass images of that shape, channels last"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            if x.dtype != np.uint8:
+                inputs.check_floats(x)
+            x = jnp.asarray(x, self.alpha.dtype) / 255  # as in a data set, see `data.to_float`
         return _predict(self.kernel, x, self.x_support, self.alpha)
 
 
@@ -113,8 +138,12 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
 
     Raises:
       ValueError: shapes that do not match, a negative diag_reg, values that are not finite.
-      FloatingPointError: K_SS + r I is not positive definite in this precision.
+      FloatingPointError: K_SS + r I is not positive definite in this precision, or not finite, or
+        the solution does not solve it (near-identical images, whose kernel float32 cannot tell
+        apart; up to `devices.CHOLESKY_DIRECT` images float64 is tried first).
     """
+    inputs.check_floats(x_support, "x_support")
+    inputs.check_floats(y_support, "y_support")
     x_support, y_support = everywhere(x_support), everywhere(y_support)
     if y_support.ndim != 2 or len(x_support) != len(y_support) or not len(x_support):
         raise ValueError(
@@ -128,17 +157,86 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
             "expected finite x_support and y_support, got NaN or infinity; pass "
             "data without them, or lower the learning rate if they came from a run"
         )
+    fitted = _factorise(kernel, x_support, y_support, diag_reg, block_size)
+    residual = _residual(fitted, y_support)
+    if residual > RESIDUAL and len(x_support) <= CHOLESKY_DIRECT:
+        fitted = _fit_in_float64(fitted, x_support, y_support, diag_reg, block_size)
+        residual = _residual(fitted, y_support)
+    if residual > RESIDUAL:
+        raise FloatingPointError(
+            f"expected (K_SS + ridge) alpha = y_support to {RESIDUAL:.0%} of the labels, got a "
+            f"residual of {residual:.2g} with diag_reg {diag_reg} in {x_support.dtype}; {ADVICE}"
+        )
+    return fitted
+
+
+ADVICE = (
+    "pass a larger diag_reg (10 times, say), dtype 'float64', or a support without near-identical "
+    "images"
+)
+
+
+def _factorise(kernel, x_support, y_support, diag_reg, block_size):
+    """A `Fit` by one factorisation in the precision of x_support."""
     k_ss = lower_gram(kernel, x_support, block_size=block_size)
     k_ss, ridge = _add_ridge(k_ss, diag_reg)
+    if not jnp.isfinite(ridge):
+        raise FloatingPointError(
+            f"expected a finite kernel, got a mean diagonal that is not in {x_support.dtype}; pass "
+            "a smaller W_std, fewer layers, dtype 'float64', or images in [0, 1]"
+        )
     factor, success = cholesky_in_place(k_ss)
-    if not success:
+    alpha = _solve(factor, y_support) if success else None
+    if not success or not jnp.isfinite(alpha).all():
         raise FloatingPointError(
             f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
-            f"with diag_reg {diag_reg} in {x_support.dtype}; pass a larger diag_reg "
-            "(10 times, say), dtype 'float64', or a support without near-identical images"
+            f"with diag_reg {diag_reg} in {x_support.dtype}; {ADVICE}"
         )
-    alpha = _solve(factor, y_support)
     return Fit(KernelMachine(kernel, x_support, alpha), factor, ridge)
+
+
+def _fit_in_float64(fitted, x_support, y_support, diag_reg, block_size):
+    """The `Fit` of a factorisation in float64, rounded to the precision of x_support."""
+    kernel, dtype = fitted.machine.kernel, x_support.dtype
+    with jax.enable_x64(True):
+        arrays = (everywhere(np.asarray(a, "float64")) for a in (x_support, y_support))
+        precise = _factorise(kernel, *arrays, diag_reg, block_size)
+        alpha, factor = (everywhere(jnp.asarray(a, dtype)) for a in
+                         (precise.machine.alpha, precise.factor))  # fmt: skip
+    return Fit(KernelMachine(kernel, x_support, alpha), factor, fitted.ridge)
+
+
+def _residual(fitted, y):
+    """Largest |(K_SS + r I) alpha - Y| / max |Y| in the rows of the largest |alpha_i|, in float64.
+
+    Where float32 takes the kernel of two near-identical images for another, it solves another
+    system, and its own residual is small. It shows in the rows of just these images, as they have
+    large coefficients of either sign. 0 in float64, or where no coefficient is large.
+    """
+    kernel, x, alpha = (getattr(fitted.machine, key) for key in ("kernel", "x_support", "alpha"))
+    if x.dtype != np.float32:
+        return 0.0
+    size, scale = np.abs(np.asarray(alpha)).max(1), max(float(jnp.abs(y).max()), 1e-30)
+    unit = scale / float(kernel.diagonal(x[:1])[0])
+    if size.max() < STEEP * unit:
+        return 0.0
+    if (size**2).sum() > (STEEPEST * unit) ** 2:
+        return float("inf")
+    rows = np.argsort(-size, kind="stable")[:ROWS]
+    with jax.enable_x64(True):
+        wide, weights = (np.asarray(a, "float64") for a in (x, alpha))
+        sums = np.asarray(y, "float64")[rows] - float(fitted.ridge) * weights[rows]
+        diagonal = np.asarray(_diagonal(kernel, wide[rows]))[:, None]
+        size = even_size(len(x), 4096)
+        for start in range(0, len(x), size):
+            columns = np.arange(start, min(start + size, len(x)))
+            k = np.asarray(_values(kernel, wide[rows], wide[columns]))
+            sums -= np.where(rows[:, None] == columns, diagonal, k) @ weights[columns]
+    return float(np.abs(sums).max()) / scale
+
+
+_values = jax.jit(lambda kernel, x, s: kernel.value(x, s), static_argnums=0)
+_diagonal = jax.jit(lambda kernel, x: kernel.diagonal(x), static_argnums=0)
 
 
 def lower_gram(kernel, x, *, block_size=0):

@@ -98,6 +98,43 @@ def _small_pools(layers):
 BUILDERS = {"simple-cnn": _simple_cnn, "alexnet": _alexnet, "vgg11": _vgg11}
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Logits(nn.Module):
+    """A network as attacks need it, whatever it does with its input and in whatever precision.
+
+    It is given a copy of the images, so that one which changes them in place spoils nothing; one in
+    half precision is given them in its own, while the attack's pixels stay in single (float16
+    rounds them by more than an attack may leave its ball); logits come back in single or double.
+
+    Raises:
+      ValueError: what comes back is not one tensor of floats.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.training = False  # as the network is; exported ones refuse `eval`
+
+    def own(self):
+        """A tensor of the network's device and of the dtype that its images have; None: any."""
+        of_net = (*self.net.parameters(), *self.net.buffers())
+        return next((t for t in of_net if t.is_floating_point()), None)
+
+    def forward(self, x):
+        own = self.own()
+        copy = x.clone() if own is None or own.dtype not in HALF else x.to(own.dtype, copy=True)
+        logits = self.net(copy)
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            kind = getattr(logits, "dtype", type(logits).__name__)
+            raise ValueError(
+                f"expected the network to return one tensor of float logits, got {kind}; pass a "
+                "module whose forward returns the logits alone"
+            )
+        return logits.float() if logits.dtype in HALF else logits
+
+
 def representation(net, x):
     """What goes into a network's last linear layer, shape (n, features), with its gradient.
 
@@ -134,6 +171,12 @@ def to_tensor(x, *, like=None):
     like = torch.empty(0, device=device()) if like is None else like
     x = torch.as_tensor(np.ascontiguousarray(x, "float32")).movedim(3, 1)
     return x.to(like.device, like.dtype).contiguous()
+
+
+def to_numpy(x):
+    """Any tensor as an array; NumPy has no bfloat16, so that one goes as float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def to_array(x):

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
-import numpy as np
 import torch
 
+from advkip import inputs
 from advkip.attacks import Threat
 from advkip.config import LOSSES
 from advkip.nets import device
@@ -109,16 +109,8 @@ def targets(y, n, recipe):
     Raises:
       ValueError: labels that do not fit.
     """
-    y = np.asarray(y)
-    integers = y.ndim == 1 and np.issubdtype(y.dtype, np.integer)
-    y = y.astype("int64") if integers else y
-    if not np.isfinite(y).all():
-        raise ValueError("expected finite label vectors, got NaN or infinity; pass others")
-    if len(y) != n or not (integers or y.ndim == 2):
-        raise ValueError(
-            f"expected y of {n} label vectors or integers, got shape {y.shape} of {y.dtype}; "
-            "pass one label an image"
-        )
+    y = inputs.labels(y, n)
+    integers = y.ndim == 1
     if recipe.target == "argmax" and recipe.loss == "cross-entropy":
         return torch.as_tensor(y if integers else y.argmax(1)).to(device())
     if integers:

@@ -131,6 +131,13 @@ class Recorder:
         if diagnosis:
             self.diagnoses.append(same | diagnosis.to_dict())
 
+    def own(self):
+        """The record of this run alone: what a notebook's own tables are made from."""
+        return {
+            "experiment": self.experiment.to_dict(), "environment": self._environment,
+            "rows": self.rows, "diagnoses": self.diagnoses,
+        }  # fmt: skip
+
     def learning_rates(self, model, trained_on):
         """What the notebooks before chose for plain training with these settings, as a list."""
         if not self.path.exists():
@@ -156,7 +163,7 @@ class Recorder:
                 [one for one in old.get(key, []) if self._stays(one["notebook"], old["experiment"])]
                 for key in ("rows", "diagnoses")
             )
-            seconds = old["environment"]["seconds"]
+            seconds = old["environment"].get("seconds", {})
             seconds = {k: v for k, v in seconds.items() if self._stays(k, old["experiment"])}
             if rows:
                 # This notebook was not given them, so those of its neighbours hold.
@@ -185,6 +192,8 @@ def read(path):
     try:
         record = json.loads(Path(path).read_text())
         check(record)
+        for found in record.get("diagnoses", ()):
+            found["verdict"] = _verdict(found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return record
@@ -192,9 +201,25 @@ def read(path):
 
 def check(record):
     """Raises ValueError unless `record` has the layout in the module's text."""
-    for key in ("experiment", "environment", "rows"):
-        if not isinstance(record, dict) or key not in record:
-            raise ValueError(f"expected the key {key!r}; pass a results.json of advkip.run")
+    layout = {
+        "": ("experiment", "environment", "rows"),
+        "experiment": ("dataset", "n_support"),
+    }
+    for part, keys in layout.items():
+        inside = record[part] if part else record
+        for key in keys:
+            if not isinstance(inside, dict) or key not in inside:
+                where = f" in {part!r}" if part else ""
+                raise ValueError(
+                    f"expected the key {key!r}{where}; pass a results.json of advkip.run"
+                )
+    for found in record.get("diagnoses", ()):
+        for key in ("verdict", "kept", "model", "trained_on", "training", "n_test", "seed"):
+            if key not in found:
+                raise ValueError(
+                    f"expected the key {key!r} in each of the diagnoses; pass a results.json of "
+                    "advkip.run"
+                )
     for row in record["rows"]:
         for key, kind in ROW_KEYS.items():
             if not isinstance(row.get(key), kind):
@@ -268,9 +293,12 @@ def table(records, *, tables=None, models=None):
 
         for row in record["rows"]:
             line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
+        # A verdict says something of figures; without them, as of an older run, it is no line.
         for found in record.get("diagnoses", ()):
-            line_of(found)["verdict"][found["seed"]] = _verdict(found)
+            if line := line_of(found):
+                line["verdict"][found["seed"]] = _verdict(found)
     data_sets = list(dict.fromkeys(key[0] for key in lines))
+    lines = {key: cells for key, cells in lines.items() if cells}
     lines = {key: lines[key] for key in sorted(lines, key=lambda key: _group(key[2], key[4]))}
     for number, data_set, model, n, trained_on, accuracies in PAPER:
         if data_set in data_sets and (tables is None or number in tables):
@@ -316,7 +344,7 @@ def checks_table(diagnoses):
 
 
 def _verdict(found):
-    """The verdict, if there was anything to judge."""
+    """The verdict; of an empty claim, records of before there was a fourth say 'genuine'."""
     nothing = found["kept"] is None and found["verdict"] == "genuine"
     return "nothing claimed" if nothing else found["verdict"]
 
@@ -397,5 +425,6 @@ def update_readme(readme, paths):
 
 
 if __name__ == "__main__":
-    # python -m advkip.records README.md reports/*/results.json
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m advkip.records README.md reports/*/results.json")
     Path(sys.argv[1]).write_text(update_readme(sys.argv[1], sys.argv[2:]))

@@ -10,15 +10,19 @@ that folder.
 import argparse
 import logging
 import os
+import signal
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from advkip import records
+from advkip import files, records
 from advkip.config import Experiment, field_names, ignored_settings
 
 
@@ -29,6 +33,16 @@ class NotebookError(RuntimeError):
 def main(arguments=None):
     """Runs the params files of the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal need not know every sign of the tables
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if not Path("notebooks").is_dir():
+        print(
+            "error: expected the folder notebooks/ here, got a working directory without; run from "
+            "the project's folder (cd to where README.md is)",
+            file=sys.stderr,
+        )
+        return 2
     try:
         experiments = check_files(options.files, options.set)
     except (ValueError, OSError) as error:
@@ -37,22 +51,63 @@ def main(arguments=None):
     if options.check:
         print(f"{len(experiments)} params files are valid")
         return 0
-    for experiment in experiments:
+    failed = {}
+    for i, experiment in enumerate(experiments):
         try:
-            run(experiment, options.reports, force=options.force)
-        except NotebookError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (ValueError, OSError) as error:
-            print(f"error: {experiment.name}: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
+            with _stopping_kernels():
+                run(experiment, options.reports, force=options.force)
+        except (NotebookError, ValueError, OSError) as error:
+            own = isinstance(error, NotebookError)
+            print(f"error: {error if own else f'{experiment.name}: {error}'}", file=sys.stderr)
+            failed[experiment.name] = 1 if own else 2
+            rest = [other.name for other in experiments[i + 1 :]]
+            if rest and not options.keep_going:
+                print(f"not run: {', '.join(rest)} (--keep-going runs them)", file=sys.stderr)
+                break
+        except KeyboardInterrupt as stop:
             print(
                 "interrupted; the same command continues from the last checkpoint", file=sys.stderr
             )
-            return 130
-    show(experiments, options.reports)
-    return 0
+            return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    if len(experiments) > len(failed) and (not failed or options.keep_going):
+        show([one for one in experiments if one.name not in failed], options.reports)
+    if failed:
+        print(
+            f"failed: {', '.join(failed)} (see above); the same command without --force continues",
+            file=sys.stderr,
+        )
+    return max(failed.values(), default=0)
+
+
+@contextmanager
+def _stopping_kernels():
+    """SIGINT, and SIGTERM as a cluster sends it, interrupt the kernel's cell, which then saves.
+
+    A second one ends at once.
+    """
+    sent = []
+
+    def stop(number, frame):
+        kernels = [
+            child
+            for child in psutil.Process().children()
+            if any("ipykernel" in part for part in child.cmdline())
+        ]
+        sent.append(number)
+        if len(sent) > 1 or not kernels:
+            raise KeyboardInterrupt(number)
+        print("stopping: the cell saves its state (once more ends at once)", file=sys.stderr)
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*sent[:1]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser():
@@ -70,6 +125,9 @@ def _parser():
         "--force",
         action="store_true",
         help="starts over, replacing what the folder holds",
+    )
+    parser.add_argument(
+        "--keep-going", action="store_true", help="runs the other experiments when one fails"
     )
     parser.add_argument("--check", action="store_true", help="checks the files and stops")
     return parser
@@ -112,20 +170,28 @@ def run(experiment, reports="reports", *, force=False):
     Raises:
       NotebookError: a cell failed (the notebook so far is kept as *.failed.ipynb), or the
         kernel died.
-      ValueError: the folder holds results of other settings, and not `force`.
+      ValueError: the folder holds results of other settings, and not `force`; or another process
+        runs in it.
     """
     folder = Path(reports) / experiment.name
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.taken(folder):
+        _run(experiment, folder, force)
+
+
+def _run(experiment, folder, force):
     _check_folder(folder, experiment, force)
+    if force:
+        _start_over(folder, experiment)
     if os.environ.get("ADVKIP_DATA"):
         os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
     # It warns of settings that a notebook's parameters cell does not list; all are checked here.
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    for checkpoint in folder.glob("checkpoint-*") if force else ():
-        checkpoint.unlink()
     for notebook in experiment.notebooks:
         executed = folder / f"{notebook}.ipynb"
-        running, failed = (folder / f"{notebook}.{s}.ipynb" for s in ("running", "failed"))
+        running = folder / f"{notebook}.{os.getpid()}.running.ipynb"
+        failed = folder / f"{notebook}.failed.ipynb"
+        for left_over in folder.glob(f"{notebook}.*running.ipynb"):  # of a run that was cut off
+            left_over.unlink()
         parameters = parameters_for(notebook, experiment, folder)
         if not force and _finished(executed, notebook, parameters):
             renewed = _renew_prose(executed, notebook)
@@ -133,13 +199,19 @@ def run(experiment, reports="reports", *, force=False):
             print(f"{executed}: finished{note}, skipped (--force runs it again)")
             continue
         print(f"{executed}: running", flush=True)
+        if _differs(notebook):
+            print(f"  {source(notebook)} differs from what is committed", flush=True)
         try:
             papermill.execute_notebook(
-                source(notebook), running, parameters, cwd="notebooks", kernel_name="python3",
+                source(notebook), _literal(running), parameters, cwd="notebooks",
+                kernel_name="python3",
                 stdout_file=sys.stdout, stderr_file=sys.stderr,
-                progress_bar=False,
+                progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
             )  # fmt: skip
         except PapermillExecutionError as error:
+            if error.ename == "KeyboardInterrupt":  # its cell has saved what it had
+                running.unlink()
+                raise KeyboardInterrupt from None
             running.replace(failed)
             raise NotebookError(
                 f"{executed}: cell [{error.exec_count}] failed with {error.ename}: {error.evalue}\n"
@@ -150,9 +222,27 @@ def run(experiment, reports="reports", *, force=False):
                 f"{executed}: the kernel died ({error}), often for want of memory; pass a smaller "
                 "n_support or n_target, or run it again to continue from the last checkpoint"
             ) from None
-        _tidy(running)
+        _tidy(running, _differs(notebook))
         running.replace(executed)
         failed.unlink(missing_ok=True)
+
+
+MADE = (
+    "results.json", "checkpoint-*", "kept-*", "adv-kip.npz", "kip.npz", "robust-features.npz",
+)  # fmt: skip
+"""What an experiment's later notebooks read of what its earlier ones left in the folder."""
+
+
+def _start_over(folder, experiment):
+    """Removes what would mix with the new run's results if that one were cut off."""
+    for pattern in (*MADE, *(f"{notebook}.ipynb" for notebook in experiment.notebooks)):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _literal(path):
+    """A path as papermill takes it: it replaces {parameters} in it."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def parameters_for(notebook, experiment, folder):
@@ -239,9 +329,19 @@ def _renew_prose(executed, notebook):
     return True
 
 
-def _tidy(path):
-    """Drops what changes from run to run without saying anything: progress bars, cell clocks."""
+def _differs(notebook):
+    """Whether the notebook's source is not as it is committed; False without git."""
+    command = ["git", "diff", "--quiet", "HEAD", "--", f"notebooks/{notebook}.*"]
+    return subprocess.run(command, capture_output=True).returncode == 1
+
+
+def _tidy(path, differs):
+    """Drops what changes from run to run without saying anything: progress bars, cell clocks.
+
+    Notes in the metadata whether the source differs from what is committed.
+    """
     notebook = nbformat.read(path, 4)
+    notebook.metadata["advkip"] = {"source_differs_from_commit": differs}
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)

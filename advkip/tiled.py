@@ -22,7 +22,12 @@ class Kernel:
 
     def __call__(self, x, s):
         """K, shape (n, m), for images x (n, ...) and s (m, ...) of one shape; differentiable."""
-        return _differentiable(self, x, s)
+        return _differentiable(self, as_floats(x), as_floats(s))
+
+
+def as_floats(x):
+    """x, with integers as the floats of the same numbers: uint8 squares would wrap at 256."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(x, jnp.result_type(float))
 
 
 class Tiled(Kernel):
@@ -35,6 +40,7 @@ class Tiled(Kernel):
 
     def value(self, x, s):
         """K like `__call__`, without a derivative rule of its own."""
+        x, s = as_floats(x), as_floats(s)
         r, c = self._tile_shape(x)
         rows, columns = _split(x, r), _split(s, c)
         k = jax.lax.map(lambda a: jax.lax.map(lambda b: self._tile(a, b), columns), rows)
@@ -42,6 +48,7 @@ class Tiled(Kernel):
 
     def value_and_pullback(self, x, s):
         """K (n, m) and its pullback to x and s; the pullback recomputes each tile."""
+        x, s = as_floats(x), as_floats(s)
         return self.value(x, s), Partial(partial(_pull_tiles, self), x, s)
 
 
@@ -117,7 +124,7 @@ class Stax(Tiled):
 
     def diagonal(self, x):
         """k(x_i, x_i), shape (n,)."""
-        return jax.lax.map(lambda a: self._tile(a[None], a[None])[0, 0], x)
+        return jax.lax.map(lambda a: self._tile(a[None], a[None])[0, 0], as_floats(x))
 
     def _tile_shape(self, x):
         return self.tile, self.tile
@@ -157,7 +164,7 @@ class Convolutional(Tiled):
 
     def diagonal(self, x):
         """k(x_i, x_i), shape (n,): linear in the squares of x_i, exact where arccos rounds."""
-        sigma = self._convolve(_pixels_first(x**2).mean(2))
+        sigma = self._convolve(_pixels_first(as_floats(x) ** 2).mean(2))
         theta = sigma
         for _ in range(self.depth - 1):
             sigma, theta = self._convolve(sigma / 2), theta / 2

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from advkip import inputs
 from advkip.attacks import check_numbers
 
 
@@ -105,11 +106,12 @@ def pgd(
       Attacked images, shape of x, without gradient.
 
     Raises:
-      ValueError: bad numbers, restarts without a generator.
+      ValueError: bad numbers, labels that do not fit, restarts without a generator.
     """
     check_numbers(n_steps, step_size, n_restarts, loss, LOSSES)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
+    inputs.labels(y.detach().cpu(), len(x))
     best = None
     for _ in range(n_restarts):
         attacked = x if generator is None else random_start(x, threat, generator)

@@ -18,10 +18,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from advkip import data, files, nets, torch_attacks
+from advkip import data, files, inputs, nets, torch_attacks
 from advkip.nets import derived_seed, device, to_tensor
 from advkip.recipe import Recipe as Recipe
 from advkip.recipe import targets
+
+FAR = 20.0
+"""A distilled set leaves [0, 1], but not as far: these are pixels of 0..255."""
 
 BATCH = 100
 """Images at a time when accuracies are measured."""
@@ -81,16 +84,19 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
       seed: of the order of the images and of adversarial training's random starts.
       checkpoint_dir: folder of a checkpoint, written with each line of the history, and continued
         when network, images, labels, recipe (but for epochs and patience) and seed are the same;
-        None for none. A line is also written at the last epoch, whatever eval_every is.
+        None for none. A line is also written at the last epoch, whatever eval_every is, and on
+        interruption the state after the last whole epoch.
       progress: shows a bar.
 
     Returns:
       A `Trained`.
 
     Raises:
-      ValueError: labels that do not fit; a checkpoint that cannot be read or has more epochs.
+      ValueError: images or labels, of training or watched, that do not fit; a checkpoint that
+        cannot be read or has more epochs.
       FloatingPointError: the loss is not finite; the message says what to change.
     """
+    _check_images(x, watched)
     run = _Run(net, x, y, recipe, watched, seed)
     parts = {"": watched[:2]} | ({"test_": watched[2:]} if watched.x_test is not None else {})
     parts = {key: (to_tensor(a), torch.as_tensor(b).to(device())) for key, (a, b) in parts.items()}
@@ -107,21 +113,48 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
         total=recipe.epochs, initial=run.epoch, disable=not progress, mininterval=1,
         desc="adversarial training" if recipe.adversarial_steps else "training", unit="epoch",
     ) as bar:  # fmt: skip
-        while not (reason := run.finished()):
-            run.advance()
-            if run.epoch % recipe.eval_every == 0 or run.epoch == recipe.epochs:
-                run.look(parts)
-                if path:
-                    run.save(path)
-            bar.update(run.epoch - bar.n)
-            if run.history:
-                line = run.history[-1]
-                bar.set_postfix_str(
-                    f"loss {run.loss:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}",
-                    refresh=False,
-                )
+        state = run.state()
+        try:
+            while not (reason := run.finished()):
+                run.advance()
+                if run.epoch % recipe.eval_every == 0 or run.epoch == recipe.epochs:
+                    run.look(parts)
+                    if path:
+                        run.save(path)
+                state = run.state()
+                bar.update(run.epoch - bar.n)
+                if run.history:
+                    line = run.history[-1]
+                    bar.set_postfix_str(
+                        f"loss {run.loss:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}",
+                        refresh=False,
+                    )
+        except KeyboardInterrupt:
+            if path:
+                _save(path, state)
+            raise
     net.load_state_dict(run.best)
     return Trained(net.eval(), run.best_epoch, *run.best_score, run.history, reason)
+
+
+def _check_images(x, watched):
+    inputs.check_layout(np.shape(x), "training images")
+    inputs.check_floats(x, "training images")
+    if not np.abs(x).max() <= FAR:
+        raise ValueError(
+            f"expected training images near [0, 1], got values up to {np.abs(x).max():.4g}; pass "
+            "images divided by 255 and without NaN"
+        )
+    for part in ("validation", "test"):
+        images, y = (getattr(watched, f"{key}_{part}") for key in "xy")
+        if images is not None:
+            inputs.images(images, name=f"watched {part} images")
+            inputs.labels(y, len(images), vectors=False, name=f"watched {part} labels")
+            if np.shape(images)[1:] != np.shape(x)[1:]:
+                raise ValueError(
+                    f"expected watched {part} images of the training images' shape "
+                    f"{np.shape(x)[1:]}, got {np.shape(images)[1:]}; pass images of one size"
+                )
 
 
 class Search(NamedTuple):
@@ -217,7 +250,9 @@ class _Run:
         order = torch.as_tensor(
             data.generator(self.seed, "order", self.epoch).permutation(len(self.x))
         )
-        batches = order.to(device()).split(recipe.batch_size or len(order))
+        batches = list(order.to(device()).split(recipe.batch_size or len(order)))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot have one alone
+            batches[-2:] = [torch.cat(batches[-2:])]
         noise = torch.Generator().manual_seed(derived_seed(self.seed, "noise", self.epoch))
         total = 0.0
         with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
@@ -275,17 +310,19 @@ class _Run:
             self.best = copy.deepcopy(self.net.state_dict())
 
     def save(self, path):
-        """Writes the state aside first, so that a cut-off write leaves the old file whole."""
+        """Writes the state, see `_save`."""
+        _save(path, self.state())
+
+    def state(self):
+        """A copy of all that the run is."""
         notes = {
             "epoch": self.epoch, "loss": self.loss, "history": self.history,
             "seconds": self.seconds, "best_epoch": self.best_epoch, "best_score": self.best_score,
         }  # fmt: skip
-        state = {
+        return copy.deepcopy({
             "notes": json.dumps(notes), "net": self.net.state_dict(), "best": self.best,
             "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
-        with files.replacing(path) as file:
-            torch.save(state, file)
+        })  # fmt: skip
 
     def load(self, path):
         try:
@@ -301,6 +338,12 @@ class _Run:
         self.best = state["best"]
         for key, value in notes.items():
             setattr(self, key, tuple(value) if key == "best_score" else value)
+
+
+def _save(path, state):
+    """Writes the state aside first, so that a cut-off write leaves the old file whole."""
+    with files.replacing(path) as file:
+        torch.save(state, file)
 
 
 def look(net, x, y, recipe):

@@ -1,5 +1,7 @@
 """Typed values of settings, and YAML that hides no mistake."""
 
+import re
+
 import yaml
 
 LISTS = {tuple[kind, ...]: kind for kind in (str, int, float)}
@@ -35,8 +37,23 @@ def typed(field, value):
     )
 
 
+TRAP = re.compile(
+    r"[-+]?(0[0-7_]+|0b[01_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"
+)
+"""Numbers that YAML 1.1 reads otherwise than they look: 010 is 8, 1:30 is 90."""
+
+
 class Loader(yaml.SafeLoader):
-    """YAML without silent duplicates: a key that stands twice is an error."""
+    """YAML without silent duplicates: a key that stands twice is an error; nor are 010 and 1:30
+    numbers."""
+
+    def construct_scalar(self, node):
+        if node.tag.endswith((":int", ":float")) and TRAP.fullmatch(node.value):
+            raise ValueError(
+                f"expected a decimal number, got {node.value}, which YAML reads in another base; "
+                "pass it without a leading 0 and without colons, or in quotes as text"
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -7,13 +7,16 @@ is *left* decides, and the checks (`diagnose`) tell why:
     masked         the claim is not real: fewer than half of its images (MASKED) are left, and the
                    95 % interval of that share ends below GENUINE; or fewer than GENUINE are left,
                    the interval ends below SHAKEN, and a check shows that PGD cannot see the model
-                   (BLINDNESS). The reasons say whether gradients are hidden or PGD was only weak.
+                   (BLINDNESS), or attacks by its answers alone find what no gradient finds
+                   (ANSWERS). The reasons say whether gradients are hidden or PGD was only weak.
                    Or hardly any image is claimed (at most NOTHING of all), but only because FGSM
                    breaks what PGD does not, or PGD leaves images in a large ball (MISSED)
     genuine        at least GENUINE are left, the interval begins above MASKED, no check fails,
-                   AutoAttack and an attack without gradients were tried in full, and what is left
-                   is more than one constant answer, which withstands everything; or hardly any
-                   image was claimed, and PGD missed none, so there is nothing to hide
+                   AutoAttack, an attack without gradients, the images of an imitation and an attack
+                   that sees answers alone were tried (NEEDED), and what is left
+                   is more than one constant answer, which withstands everything
+    nothing claimed   hardly any image is claimed (at most NOTHING of all), and PGD missed none, so
+                   there is nothing to be real or to hide
     inconclusive   anything else, among it fewer than FEW claimed images
 
 Where the numbers come from. Adversarially trained networks in the paper keep 0.78 to 0.97 of their
@@ -26,7 +29,11 @@ lower end of its 95 % interval (Wilson) exceeds the limit, so that one image of 
 
 from typing import NamedTuple
 
+import numpy as np
 from scipy.stats import binomtest
+
+NOTHING_CLAIMED = "nothing claimed"
+VERDICTS = ("genuine", "masked", "inconclusive", NOTHING_CLAIMED)
 
 MASKED, GENUINE, SHAKEN = 0.5, 0.7, 0.9
 """Shares of the claimed images that are left."""
@@ -56,11 +63,44 @@ BLINDNESS = {
 MISSED = {"order", "large radius"}
 """Checks that show, when they fail and hardly any image is claimed, that PGD alone claims many."""
 
-UNSEEN = {"noise", "transfer", "gradient-free"}
+ANSWERS = {"transfer", "gradient-free", "labels alone"}
+"""Attacks by the model's answers: what they break and no gradient does, no gradient sees."""
+
+UNSEEN = {"noise", *ANSWERS}
 """Attacks that look at no gradient of the model: they must not beat those that do."""
 
-NEEDED = ("AutoAttack", "gradient-free")
+NEEDED = ("AutoAttack", "gradient-free", "transfer", "labels alone")
 """What must have been asked before a claim can be called genuine."""
+
+
+class Diagnosis(NamedTuple):
+    """A verdict and what it rests on. Accuracies and shares in [0, 1]."""
+
+    verdict: str  # one of verdict.VERDICTS
+    reasons: list  # sentences
+    n: int  # images
+    clean: float
+    claimed: float  # accuracy under FGSM and PGD, worst case of each image
+    strong: float  # what of it is left after every attack
+    kept: tuple  # strong / claimed with its 95 % interval: (share, low, high); None without claim
+    checks: list  # `verdict.Check`s
+    broken: dict  # {attack: share of the claimed images that it breaks}
+    sweep: dict  # {radius: accuracy under PGD, worst case over the radii so far}
+    gradients: dict  # {"right", "wrong"}: mean input-gradient norm of such images; None: no such
+    rounded: dict  # {"partly", "wholly"}: share of images read right, log-odds > ROUNDED, LOST
+    log_odds: np.ndarray  # (n,): of the right class, large where the model is sure
+    right: np.ndarray  # bool (n,): images that are read correctly
+    withstood: np.ndarray  # bool (n,): the claimed ones of them
+    left: np.ndarray  # bool (n,): images that withstood everything
+
+    def to_dict(self):
+        """Plain JSON values, without the images."""
+        fields = self._asdict()
+        for images in ("log_odds", "right", "withstood", "left"):
+            fields.pop(images)
+        fields["checks"] = [check._asdict() for check in self.checks]
+        fields["sweep"] = {f"{radius:g}": value for radius, value in self.sweep.items()}
+        return fields
 
 
 class Check(NamedTuple):
@@ -104,7 +144,11 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
         reason = f"{n_claimed} of {n} images are claimed"
         if MISSED & set(failed):
             return "masked", [reason, *fails, "gradients are hidden from PGD"], None
-        return "genuine", [f"{reason}, so there is nothing that could be hidden", *fails], None
+        return (
+            NOTHING_CLAIMED,
+            [f"{reason}, so there is nothing that could be hidden", *fails],
+            None,
+        )
     share, (low, high) = n_left / n_claimed, interval(n_left, n_claimed)
     reasons = [
         f"of the {n_claimed} images that withstand FGSM and PGD, {n_left} withstand every attack "
@@ -112,7 +156,7 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
         *fails,
     ]
     reasons += [f"not asked: {', '.join(unasked)}"] if unasked else []
-    blind = BLINDNESS & set(failed)
+    blind = (BLINDNESS | ANSWERS) & set(failed)
     if constant:
         reasons.append("one constant answer to all images would withstand as much")
     few = n_claimed < FEW

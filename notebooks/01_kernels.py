@@ -178,14 +178,14 @@ for trained_on, support in supports.items():
         outcomes[trained_on], model=f"kernel:{experiment.kernel}", trained_on=trained_on,
         training="kernel", **costs.get(trained_on, {}),
     )  # fmt: skip
-record = recorder.write()
+recorder.write()
 
 # %% [markdown]
 # Ours, and the paper's rows for the same data set below. Compare like with like: the number of
 # support images and the kernel differ from row to row.
 
 # %%
-display(Markdown(records.table([record], tables=("1", "2", "9"), models="kernel:.*")))
+display(Markdown(records.table([recorder.own()], tables=("1", "2", "9"), models="kernel:.*")))
 
 # %% [markdown]
 # What PGD does to the first test images, for the most robust of the machines above:

@@ -58,7 +58,7 @@ import re
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, krr, records, training
+from advkip import attacks, data, distill, evaluate, figures, kernels, records, training
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals())
@@ -153,9 +153,7 @@ for (net, chosen), found in searches.items():
 
 # %%
 for chosen, made in ((key, one) for key, one in sets.items() if one.kernel):
-    ntk = kernels.by_name(made.kernel, W_std=experiment.W_std, b_std=experiment.b_std)
-    support = (part.astype(experiment.dtype) for part in made[:2])
-    machine = krr.fit(ntk, *support, diag_reg=experiment.diag_reg).machine
+    machine = distill.machine(made, experiment)
     outcomes["kernel", chosen, made.kernel] = evaluate.evaluate(
         machine, x_test, y_test, threat=threat, step_size=experiment.step_size,
         threat_l2=threat_l2, step_size_l2=experiment.step_size_l2, seed=experiment.seed,
@@ -166,11 +164,10 @@ for chosen, made in ((key, one) for key, one in sets.items() if one.kernel):
         outcomes["kernel", chosen, made.kernel], model=f"kernel:{made.kernel}",
         trained_on=chosen, training="kernel", n_train=len(made.x),
     )  # fmt: skip
-record = recorder.write()
+recorder.write()
 
 # %%
-mine = {**record, "rows": [row for row in record["rows"] if row["notebook"] == "02_transfer"]}
-display(Markdown(records.table([mine], tables=("3", "4"))))
+display(Markdown(records.table([recorder.own()], tables=("3", "4"))))
 
 # %% [markdown]
 # ## Checks

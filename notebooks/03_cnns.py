@@ -156,11 +156,10 @@ for (net, chosen, how), found in searches.items():
             seed=net_seed, n_train=len(sets[chosen].x), set_kernel=sets[chosen].kernel,
             epoch=trained.epoch, learning_rate=found.learning_rate,
         )  # fmt: skip
-record = recorder.write()
+recorder.write()
 
 # %%
-mine = {**record, "rows": [row for row in record["rows"] if row["notebook"] == "03_cnns"]}
-display(Markdown(records.table([mine], tables=("5", "6", "7"))))
+display(Markdown(records.table([recorder.own()], tables=("5", "6", "7"))))
 
 # %% [markdown]
 # ## What an attack does to the images

@@ -24,6 +24,13 @@ def double_precision():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """JAX keeps every program it has compiled, and no other module uses those of this one."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

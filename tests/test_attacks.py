@@ -216,3 +216,25 @@ def test_bad_input(rng):
     for bad in (x + 2, x - 1, x.at[0, 0, 0, 0].set(jnp.nan)):
         with pytest.raises(ValueError, match="expected pixels in"):
             attacks.pgd(logits, bad, y, **good)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_finite_is_none(norm, rng):
+    """The square root has an infinite slope at 0: other pixels still move."""
+    x = rng.uniform(0.2, 0.8, (6, 4, 4, 1))
+    x[:, 0, 0] = 0
+    weights = jnp.asarray(rng.standard_normal((16, 3)))
+    threat = attacks.Threat(norm, 0.1)
+    moved = attacks.pgd(
+        lambda x: jnp.sqrt(x).reshape(len(x), -1) @ weights, x, np.zeros(6, int), threat=threat,
+        n_steps=3, step_size=0.05,
+    )  # fmt: skip
+    assert np.isfinite(moved).all()
+    assert (np.asarray(moved)[:, 0, 0] == 0).all()
+    assert (attacks.distance(moved, x, norm) > 0.05).all()
+
+
+def test_no_images_give_no_logits(rng):
+    assert attacks.predict(lambda x: x[:, 0, 0], jnp.zeros((0, 2, 2, 3)), batch_size=4).shape == (
+        0, 3,
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """A kernel machine as a torch module: JAX's values and gradients, whatever the batch."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +99,15 @@ def test_in_float64(case):
 
 def machine_arrays(machine):
     return machine.x_support, machine.alpha
+
+
+def test_a_machine_inside_another_module_follows_its_precision(case):
+    """A normalisation in front is usual."""
+    net = bridge.KernelNet(case[0])
+    before = net.machine.alpha.dtype
+    inside = torch.nn.Sequential(torch.nn.Identity(), net)
+    double = copy.deepcopy(inside).double()
+    assert double[1].machine.alpha.dtype == double[1].machine.x_support.dtype == "float64"
+    assert net.machine.alpha.dtype == before  # the original is as it was
+    assert copy.deepcopy(double).float()[1].machine.alpha.dtype == "float32"
+    assert not inside.state_dict()

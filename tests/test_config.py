@@ -192,3 +192,13 @@ def test_names_exist_where_they_are_used():
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Experiment().seed = 1
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 010", "net_milestones: [1:30]", "seed: 0x10", "n_test: 0_7"]
+)
+def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, text):
+    file = tmp_path / "p.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="p.yaml: expected a decimal number, got"):
+        Experiment.from_file(file)

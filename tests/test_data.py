@@ -231,8 +231,9 @@ def test_training_sets_keep_label_vectors(tmp_path, rng):
     vectors[:, 3] += 9  # 3 is the largest label
     test = {"x_test": rng.random((5, 8, 8)), "y_test": np.arange(5) % 4}
     np.savez(tmp_path / "d.npz", x_train=x, y_train=vectors, experiment="{}", **test)
-    name, (found_x, found_y, kernel) = data.training_set(tmp_path / "d.npz")
-    assert (name, kernel) == ("d", "")
+    name, found = data.training_set(tmp_path / "d.npz")
+    found_x, found_y, settings = found
+    assert (name, settings, found.kernel) == ("d", None, "")
     np.testing.assert_array_equal(found_y, vectors)
     np.testing.assert_allclose(found_x, x, atol=1e-6)
     assert (found_x.dtype, found_y.dtype) == (np.float32, np.float32)
@@ -249,8 +250,8 @@ def test_training_sets_keep_label_vectors(tmp_path, rng):
 def test_draws_for_networks():
     e = Experiment(n_validation=200)
     splits = data.split(data.load("digits"), e)
-    x, y, kernel = data.draw_original(splits, 300, seed=0)
-    assert kernel == ""
+    x, y, settings = data.draw_original(splits, 300, seed=0)
+    assert settings is None
     assert (x.shape, y.shape) == ((300, 8, 8, 1), (300, 10))
     assert (y.sum(0) == 30).all()
     validation = {image.tobytes() for image in splits.x_validation}
@@ -267,3 +268,45 @@ def test_draws_for_networks():
     assert len(data.draw_test(rare, 50, seed=0)[0]) == 50
     with pytest.raises(ValueError, match="n_original = 5000: .* or pass 0 for all images"):
         data.draw_original(splits, 5000, seed=0)
+
+
+def npz(folder, **changes):
+    """A file of 12 images a class of three classes, with changes."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (36, 8, 8), "uint8"), "y_train": np.arange(36) % 3,
+        "x_test": rng.integers(0, 256, (9, 8, 8), "uint8"), "y_test": np.arange(9) % 3,
+    }  # fmt: skip
+    arrays |= {key: change(arrays[key]) for key, change in changes.items()}
+    np.savez(folder / "own.npz", **arrays)
+    return folder / "own.npz"
+
+
+def both(change):
+    return {"x_train": change, "x_test": change}
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (both(lambda x: x > 127), r"got bool; pass x.astype\('float32'\)"),
+        (
+            both(lambda x: (x > 127).astype("uint8")),
+            r"largest pixel of 1; pass x.astype\('float32'",
+        ),
+        (both(lambda x: (x > 127).astype("int64")), r"got int64; pass x.astype\('float32'\)"),
+        (both(lambda x: x // 15 % 17), r"largest pixel of 16; pass \(x / 16\).astype"),
+        (both(lambda x: (x // 15 % 17).astype("int32")), r"got int32; pass \(x / 16\)"),
+        (both(lambda x: 257 * x.astype("uint16")), r"got uint16; pass \(x / 65535\)"),
+        (both(lambda x: x.astype("int64")), r"got int64; pass \(x / 255\)"),
+        ({"x_train": lambda x: x / 255}, "of one kind, got float64 and uint8"),
+        ({"x_train": lambda x: x / 255, "x_test": lambda x: x / 255**2}, "of one scale"),
+        ({"y_train": lambda y: y + 1, "y_test": lambda y: y + 1}, "none of .0.; pass y - 1"),
+        ({"y_train": lambda y: 2 * y, "y_test": lambda y: 2 * y}, r"got none of \[1, 3\]"),
+        ({"y_test": lambda y: y + 1}, r"labels that training images have, got \[3\] in y_test"),
+    ],
+)
+def test_numbers_that_mean_something_else_are_refused(tmp_path, changes, advice):
+    assert data.from_npz(npz(tmp_path)).n_classes == 3
+    with pytest.raises(ValueError, match=advice):
+        data.from_npz(npz(tmp_path, **changes))

@@ -450,3 +450,24 @@ def test_real_mnist_becomes_robust(shared_data):
     assert history[0]["pgd"] <= 0.02
     assert history[-1]["pgd"] >= 0.1
     assert history[-1]["clean"] >= 0.8
+
+
+def test_a_set_is_fitted_with_the_kernel_it_was_made_with(digits, tmp_path):
+    """Another depth, W_std, b_std or ridge is another machine."""
+    made = SMALL.replace(kernel="fc1", W_std=1.1, b_std=0.5, diag_reg=1e-3)
+    splits = data.split(digits, made)
+    result = distill.distill(made, splits, progress=False)
+    path = tmp_path / "foreign.npz"
+    distill.save(path, result, made, digits)
+    experiment = SMALL.replace(distilled_set=str(path), n_support=20)
+    (chosen,) = distill.training_sets(experiment, splits, digits, tmp_path, ["adv-kip"]).values()
+    machine = distill.machine(chosen, experiment)
+    assert chosen.settings == {"kernel": "fc1", "W_std": 1.1, "b_std": 0.5, "diag_reg": 1e-3}
+    assert machine.kernel == kernels.by_name("fc1", W_std=1.1, b_std=0.5)
+    expected = krr.fit(machine.kernel, result.x_support, result.y_support, diag_reg=1e-3).machine
+    np.testing.assert_array_equal(machine.alpha, expected.alpha)  # of all images, in their order
+    # Of images that no kernel made: the experiment's kernel, on as many as it distils.
+    original = distill.training_sets(experiment, splits, digits, tmp_path, ["original"])["original"]
+    machine = distill.machine(original, experiment)
+    assert machine.kernel == kernels.by_name("fc2")
+    assert len(machine.x_support) == 20

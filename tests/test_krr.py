@@ -1,5 +1,7 @@
 """Ridge regression against scikit-learn; the exact gradient against autodiff and differences."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,3 +159,61 @@ def test_bad_input(rng):
         krr.fit(kernel, x_s, y_s, diag_reg=-1.0)
     with pytest.raises(ValueError, match="expected finite x_support"):
         krr.fit(kernel, x_s.at[0].set(jnp.nan), y_s)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "noise", "refused"),
+    [("fc3", 30, 0.0, True), ("fc1", 10, 1e-4, False), ("fc3", 10, 1e-3, False),
+     ("fc7", 10, 1e-4, False), ("conv2", 10, 1e-4, False), ("fc3", 1, 0.0, True)],
+)  # fmt: skip
+def test_near_identical_images_with_other_labels(name, n, noise, refused):
+    """In float32 the kernel of such a pair is off by more than the ridge."""
+    d = data.load("digits")
+    x, y = d.x_train[:200], d.y_train[:200]
+    moved = x[:n] + noise * np.random.default_rng(0).standard_normal(x[:n].shape).astype("float32")
+    x, y = np.concatenate([x, moved]), np.concatenate([y, (y[:n] + 1) % 10])
+    labels, kernel = data.one_hot(y, 10, center=True), kernels.by_name(name)
+    if refused:
+        with pytest.raises(FloatingPointError, match="diag_reg|near-identical"):
+            krr.fit(kernel, x, labels)
+        assert krr.fit(kernel, x, labels, diag_reg=1e-2).machine.alpha.dtype == "float32"
+        return
+    single = krr.fit(kernel, x, labels)
+    double = krr.fit(kernel, x.astype("float64"), labels.astype("float64")).machine
+    expected = double(d.x_test[:100].astype("float64"))
+    assert (single.machine.alpha.dtype, single.factor.dtype) == ("float32", "float32")
+    np.testing.assert_allclose(single.machine(d.x_test[:100]), expected, atol=0.03)
+
+
+def test_a_solution_of_other_equations_is_seen(monkeypatch):
+    """As where float32 takes two near-identical images for others: its own residual is small."""
+    d = data.load("digits")
+    x, labels = d.x_train[:100], data.one_hot(d.y_train[:100], 10, center=True)
+    fitted = krr.fit(kernels.by_name("fc3"), x, labels)
+    assert krr._residual(fitted, labels) <= 1e-3
+    alpha = np.array(fitted.machine.alpha)
+    alpha[3] += 5 * np.abs(alpha).max()
+    wrong = fitted._replace(machine=dataclasses.replace(fitted.machine, alpha=alpha))
+    monkeypatch.setattr(krr, "STEEP", 0)
+    assert krr._residual(fitted, labels) <= 1e-3
+    assert krr._residual(wrong, labels) > 1
+    monkeypatch.setattr(krr, "_residual", lambda fitted, y: 0.5)
+    with pytest.raises(FloatingPointError, match="got a residual of 0.5 with diag_reg"):
+        krr.fit(kernels.by_name("fc3"), x, labels)
+
+
+def test_a_kernel_that_overflows_is_refused():
+    d = data.load("digits")
+    labels = data.one_hot(d.y_train[:20], 10)
+    with pytest.raises(FloatingPointError, match="expected a finite kernel"):
+        krr.fit(kernels.by_name("fc3", W_std=1e12), d.x_train[:20], labels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "float16"])
+def test_other_dtypes_are_refused(dtype):
+    d = data.load("digits")
+    labels = data.one_hot(d.y_train[:20], 10)
+    with pytest.raises(ValueError, match=f"expected x_support of float32 or float64, got {dtype}"):
+        krr.fit(kernels.by_name("fc1"), d.x_train[:20].astype(dtype), labels)
+    with pytest.raises(ValueError, match=f"expected y_support of float32 or float64, got {dtype}"):
+        krr.fit(kernels.by_name("fc1"), d.x_train[:20], labels.astype(dtype))

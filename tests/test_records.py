@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,10 @@ def test_bad_records(tmp_path):
         records.read(path)
 
 
+def asked_and_passed(names):
+    return [verdict.Check(name, 0.0, 0.05, True, "") for name in sorted(names)]
+
+
 def test_committed_records_are_whole_and_the_readme_shows_them():
     listed = ["git", "-C", ROOT, "ls-files", "reports/*/results.json"]
     out = subprocess.run(listed, capture_output=True, text=True, check=True).stdout
@@ -258,6 +263,10 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
         assert not record["environment"]["commit"].endswith("+")
         for found in record.get("diagnoses", ()):  # the verdict is that of the present rule
             checks = [verdict.Check(**check) for check in found["checks"]]
+            # Records of before these two were asked say so in README; the rest of the rule holds.
+            if not any(check.name == "labels alone" for check in checks):
+                checks = [c for c in checks if c.name != "transfer" or c.passed is not None]
+                checks += asked_and_passed({*verdict.NEEDED[2:]} - {c.name for c in checks})
             counts = (round(found[key] * found["n"]) for key in ("strong", "claimed"))
             constant = any("constant answer" in reason for reason in found["reasons"])
             name = verdict.judge(*counts, found["n"], checks, constant=constant)[0]
@@ -270,3 +279,52 @@ def test_readme_without_marks(tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="add them"):
         records.update_readme(tmp_path / "README.md", [])
+
+
+def test_a_verdict_without_figures_is_no_line(tmp_path):
+    """As that of an older run, whose rows were replaced."""
+    record = write(tmp_path)
+    found = {"notebook": "04", "model": "simple-cnn", "trained_on": "kip", "training": "plain",
+             "n_test": 100, "seed": 0, "verdict": "masked", "kept": [0, 0, 0.1]}  # fmt: skip
+    record["diagnoses"] = [found, found | {"model": "kernel:fc3", "trained_on": "adv-kip",
+                                           "training": "kernel"}]  # fmt: skip
+    text = records.table([record], tables=())
+    assert "simple-cnn" not in text
+    assert text.count("ours") == 1
+    assert "| 90.00 | 40.00 | masked |" in text
+
+
+def test_a_table_of_a_run_shows_that_run_alone(tmp_path):
+    write(tmp_path, notebook="02_transfer")
+    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10)
+    recorder = records.Recorder(experiment, tmp_path, "01_kernels")
+    recorder.add([outcome("clean", 0.7)], model="kernel:fc3", trained_on="kip", training="kernel")
+    recorder.write()
+    assert {row["notebook"] for row in recorder.own()["rows"]} == {"01_kernels"}
+    assert records.table([recorder.own()], tables=()).count("ours") == 1
+
+
+def test_the_verdict_before_there_was_a_fourth(tmp_path):
+    record = write(tmp_path)
+    old = {"notebook": "04", "model": "kernel:fc3", "trained_on": "adv-kip", "training": "kernel",
+           "n_test": 100, "seed": 0, "verdict": "genuine", "kept": None}  # fmt: skip
+    record["diagnoses"] = [old, old | {"kept": [0.9, 0.8, 1.0]}]
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    found = records.read(tmp_path / "results.json")["diagnoses"]
+    assert [one["verdict"] for one in found] == ["nothing claimed", "genuine"]
+
+
+def test_what_a_record_lacks_is_named(tmp_path):
+    path = tmp_path / "results.json"
+    record = write(tmp_path)
+    for part, key in (("experiment", "dataset"), ("experiment", "n_support")):
+        inside = {k: v for k, v in record[part].items() if k != key}
+        path.write_text(json.dumps(record | {part: inside}))
+        with pytest.raises(ValueError, match=f"results.json: expected the key '{key}' in '{part}'"):
+            records.read(path)
+    path.write_text(json.dumps(record | {"diagnoses": [{"verdict": "masked"}]}))
+    with pytest.raises(ValueError, match="expected the key 'kept' in each of the diagnoses"):
+        records.read(path)
+    found = subprocess.run([sys.executable, "-m", "advkip.records"], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.startswith("usage: python -m advkip.records")

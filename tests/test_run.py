@@ -1,12 +1,17 @@
 """The runner: checks first, executes, skips, resumes, names the cell that fails."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from advkip import run
+from advkip import files, run
 
 GOOD = ["seed = 0\noutput = '.'", "import json\nprint('seed is', seed)"]
 BAD = ["output = '.'", "value = 1", "# the faulty cell\n1 / (value - 1)"]
@@ -218,3 +223,104 @@ def test_paths_in_executed_notebooks_are_relative(project):
     text = Path("reports/x/good.ipynb").read_text()
     assert str(project) not in text
     assert json.loads(text)["metadata"]["papermill"]["parameters"]["output"] == "../reports/x"
+
+
+def start(project, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(run.__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-m", "advkip.run", *arguments], cwd=project, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(path):
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not come")
+
+
+@pytest.fixture
+def slow(project):
+    """A notebook that works on until it is interrupted, and then saves what it has."""
+    notebook = project / "notebooks" / "good.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[1].source = """import time
+from pathlib import Path
+folder = Path(output)
+try:
+    (folder / 'began').touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    (folder / 'saved').touch()
+    raise"""
+    nbformat.write(content, notebook)
+    return params(project)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_cell_save(project, slow, number, status):
+    process = start(project, slow)
+    wait_for(project / "reports/x/began")
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert (project / "reports/x/saved").exists()
+    assert "the same command continues from the last checkpoint" in error
+    assert not {"Traceback", "ZMQ", "encryption"} & set((out + error).replace(":", " ").split())
+    assert not list((project / "reports/x").glob("*.ipynb"))
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(project, slow):
+    first = start(project, slow)
+    wait_for(project / "reports/x/began")
+    second = start(project, slow, "--set", "seed=1")
+    _, error = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"got a run in it (process {first.pid} on " in error
+    assert "pass --set name=... for a folder of its own" in error
+    first.kill()
+    first.communicate(timeout=60)
+    with files.taken(project / "reports/x"):  # nothing of it hinders
+        pass
+
+
+def test_other_runs_go_on_when_asked_to(project, capfd):
+    paths = [params(project, "a", notebooks=["bad"]), params(project, "b")]
+    assert run.main(paths) == 1
+    error = capfd.readouterr().err
+    assert "not run: b (--keep-going runs them)" in error
+    assert not Path("reports/b/good.ipynb").exists()
+    assert run.main([*paths, "--keep-going"]) == 1
+    error = capfd.readouterr().err
+    assert "ZeroDivisionError" in error
+    assert "failed: a (see above)" in error
+    assert Path("reports/b/good.ipynb").exists()
+
+
+def test_from_another_folder_it_says_where_to_run(project, capfd, monkeypatch):
+    path = params(project)
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    assert run.main([path]) == 2
+    assert "run from the project's folder" in capfd.readouterr().err
+
+
+def test_starting_over_leaves_nothing_to_mix(project):
+    folder = project / "reports" / "x"
+    assert run.main([params(project)]) == 0
+    path = params(project, notebooks=["good", "bad"])
+    for name in ("checkpoint-1.npz", "kip.npz", "adv-kip.npz", "robust-features.npz"):
+        (folder / name).touch()
+    (folder / "mine.npz").touch()
+    assert run.main([path, "--force"]) == 1  # cut off before its end
+    assert {p.name for p in folder.iterdir()} == {
+        "good.ipynb", "bad.failed.ipynb", "mine.npz", ".lock",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["runs {user}", "runs-{seed}", "a}b"])
+def test_braces_in_the_folder_of_results(project, folder):
+    assert run.main([params(project), "--reports", folder]) == 0
+    assert (project / folder / "x" / "good.ipynb").exists()

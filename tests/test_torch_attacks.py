@@ -7,7 +7,7 @@ import torch
 from cleverhans.torch.attacks.fast_gradient_method import fast_gradient_method
 from cleverhans.torch.attacks.projected_gradient_descent import projected_gradient_descent
 
-from advkip import attacks, torch_attacks
+from advkip import attacks, nets, torch_attacks
 
 LINF, L2 = attacks.Threat("linf", 0.1), attacks.Threat("l2", 0.7)
 
@@ -82,14 +82,14 @@ def test_equal_to_the_jax_twin(threat, loss):
     net, w, x, _ = linear_case(torch.float64)
     y = torch.tensor([[0.7, 0.3]] * 6, dtype=torch.float64)
 
-    def twin(x):
-        score = x.reshape(len(x), -1) @ jnp.asarray(w)
+    def twin(x):  # its images have the channels last
+        score = jnp.moveaxis(x, 3, 1).reshape(len(x), -1) @ jnp.asarray(w)
         return jnp.stack([0 * score, score], 1)
 
     settings = {"threat": threat, "n_steps": 5, "step_size": threat.epsilon / 3, "loss": loss}
     ours = torch_attacks.pgd(net, x, y, **settings)
-    expected = attacks.pgd(twin, jnp.asarray(x), jnp.asarray(y), **settings)
-    np.testing.assert_allclose(ours, expected, atol=1e-12)
+    expected = attacks.pgd(twin, np.moveaxis(x.numpy(), 1, 3), np.asarray(y), **settings)
+    np.testing.assert_allclose(nets.to_array(ours), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])

@@ -248,9 +248,51 @@ def test_bad_input(digits):
         run(digits, loss="hinge")
     with pytest.raises(ValueError, match="expected target 'softmax' or 'argmax' with cross-entr"):
         run(digits, target="labels")
-    with pytest.raises(ValueError, match="expected y of 400 label vectors or integers"):
+    with pytest.raises(ValueError, match="expected y of 400 integers or label vectors"):
         run(digits, y=digits["y"][:-1])
     with pytest.raises(ValueError, match=r"pass data.one_hot\(y, n_classes\)"):
         run(digits, y=digits["y"].argmax(1), loss="mse", target="labels")
     with pytest.raises(FloatingPointError, match="pass a smaller learning_rate"):
         run(digits, learning_rate=1e30, optimizer="sgd", loss="mse", target="labels")
+
+
+def test_batch_normalisation_meets_no_batch_of_one(rng):
+    x, y = rng.uniform(0, 1, (9, 8, 8, 1)).astype("float32"), np.arange(9) % 3
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+    )
+    recipe = training.Recipe(epochs=1, learning_rate=1e-3, threat=Threat("linf", 0.1),
+                             step_size=0.05, batch_size=4, eval_pgd_steps=1)  # fmt: skip
+    found = training.train(net, x, y, recipe=recipe, watched=training.Watched(x, y), progress=False)
+    assert np.isfinite(found.history[-1]["loss"])
+
+
+def test_an_interrupted_training_loses_no_whole_epoch(rng, tmp_path, monkeypatch):
+    x, y = rng.uniform(0, 1, (40, 8, 8, 1)).astype("float32"), np.arange(40) % 3
+    recipe = training.Recipe(epochs=6, learning_rate=1e-3, threat=Threat("linf", 0.1),
+                             step_size=0.05, batch_size=8, eval_every=6,
+                             eval_pgd_steps=1)  # fmt: skip
+
+    def run(**options):
+        net = nets.build("fc1-8", shape=(8, 8, 1), n_classes=3, seed=0)
+        return training.train(net, x, y, recipe=recipe, watched=training.Watched(x, y),
+                              progress=False, **options)  # fmt: skip
+
+    expected, advance, ran = run(), training._Run.advance, []
+
+    def cut_off(self):
+        ran.append(self.epoch)
+        if ran == [0, 1, 2, 3]:
+            with torch.no_grad():  # in the middle of an epoch
+                next(self.net.parameters()).add_(1.0)
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(training._Run, "advance", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path)
+    ran.clear()
+    found = run(checkpoint_dir=tmp_path)
+    assert ran == [3, 4, 5]
+    for a, b in zip(found.net.parameters(), expected.net.parameters(), strict=True):
+        assert (a == b).all()
