@@ -368,6 +368,11 @@ class Experiment:
         """All settings as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    def changes(self):
+        """The settings that differ from the defaults, as plain JSON values."""
+        default = Experiment().to_dict()
+        return {key: value for key, value in self.to_dict().items() if value != default[key]}
+
     def distillation(self):
         """The settings that a distilled set depends on, other than its number of steps."""
         rest = {

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from advkip import inputs
+
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-DARK, ALIKE = 32, 3
-"""A largest uint8 pixel below the first is no image of 0..255; largest pixels of training and test
-images that differ by more than a factor of the second are not of one scale."""
+TARGETED = ("autoattack", "apgd-t", "fab-t")
+"""Attacks with losses towards each of three other classes or more."""
 
 CACHE = Path("~/.cache/advkip")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -108,11 +109,10 @@ def from_npz(path):
 def _dataset(path, arrays, settings):
     """A checked data set from what `_read` returned."""
     try:
-        x_train, y_train = _checked(
+        x_train, y_train = inputs.part_of_data_set(
             arrays["x_train"], arrays["y_train"], "train", in_range=not settings
         )
-        x_test, y_test = _checked(arrays["x_test"], arrays["y_test"], "test")
-        _check_alike(x_train, x_test, distilled=bool(settings))
+        x_test, y_test = inputs.part_of_data_set(arrays["x_test"], arrays["y_test"], "test")
         strangers = sorted(set(y_test.tolist()) - set(y_train.tolist()))
         if strangers and arrays["y_train"].ndim == 1:
             raise ValueError(
@@ -124,6 +124,7 @@ def _dataset(path, arrays, settings):
                 f"expected train and test images of one shape, got {x_train.shape[1:]} and "
                 f"{x_test.shape[1:]}; pass images of one size"
             )
+        inputs.check_alike(x_train, x_test, distilled=bool(settings))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     n_classes = int(max(y_train.max(), y_test.max())) + 1
@@ -134,6 +135,62 @@ def _dataset(path, arrays, settings):
 
 KERNEL_SETTINGS = ("kernel", "W_std", "b_std", "diag_reg")
 """Settings of an experiment that a kernel machine depends on besides its images and labels."""
+
+
+def is_here(name, folder=""):
+    """Whether `load` needs no download."""
+    folder = folder or os.environ.get("ADVKIP_DATA", "")
+    there = bool(folder) and (Path(folder).expanduser() / f"{name}.npz").exists()
+    return there or name not in TORCHVISION
+
+
+def check(experiment):
+    """Raises ValueError or OSError unless an experiment's data are there and fit its settings.
+
+    What would be downloaded is not looked at.
+    """
+    e = experiment
+    if e.distilled_set and not Path(e.distilled_set).expanduser().is_file():
+        raise ValueError(
+            f"expected distilled_set to be a .npz file, got {e.distilled_set}, which is not there; "
+            "pass another path, or leave it empty for the set of notebook 01"
+        )
+    if e.robust_features and not Path(e.robust_features).expanduser().exists():
+        raise ValueError(
+            f"expected robust_features to be a folder or a .npz, got {e.robust_features}, which is "
+            "not there; pass another path, or leave it empty to make the set"
+        )
+    if not is_here(e.dataset, e.data_dir):
+        return
+    found = load(e.dataset, e.data_dir)
+    # The draws look at labels alone, so images of no size will do.
+    small = (np.zeros((len(y), 1, 1, 1), "float32") for y in (found.y_train, found.y_test))
+    x_train, x_test = small
+    splits = split(found._replace(x_train=x_train, x_test=x_test), e)
+    draw_original(splits, e.n_original, seed=e.seed)
+    shape = found.x_test.shape[1:]
+    diameter = np.prod(shape) ** 0.5
+    l2 = any(name.endswith("-l2") for name in e.net_attacks)
+    for key, asked in (("epsilon", e.norm == "l2"), ("epsilon_l2", l2)):
+        if asked and getattr(e, key) > diameter:
+            raise ValueError(
+                f"expected {key} of at most {diameter:.1f}, the largest l2 distance of two images "
+                f"{shape}, got {getattr(e, key):g}; pass 128/255 for what is sometimes written 128"
+            )
+    targeted = [a for a in e.net_attacks if a.removesuffix("-l2") in TARGETED]
+    networks = {"02_transfer", "03_cnns", "04_shortcomings"} & set(e.notebooks)
+    if targeted and networks and found.n_classes < 4:
+        raise ValueError(
+            f"expected net_attacks for {found.n_classes} classes, got {targeted}, whose targeted "
+            "losses need 4; pass 'apgd-ce' and 'square'"
+        )
+    if e.distilled_set:
+        chosen = training_set(e.distilled_set, n_classes=found.n_classes)[1]
+        if chosen.x.shape[1:] != shape or chosen.y.shape[1] != found.n_classes:
+            raise ValueError(
+                f"expected distilled_set of images {shape} and {found.n_classes} classes as in "
+                f"{e.dataset}, got {chosen.x.shape[1:]} and {chosen.y.shape[1]}; pass such a set"
+            )
 
 
 class TrainingSet(NamedTuple):
@@ -230,81 +287,6 @@ def _read(path):
         ) from None
 
 
-def _checked(x, y, part, *, in_range=True):
-    """Images as (N, H, W, C) and integer labels (N,), or a ValueError."""
-    if x.ndim == 3:
-        x = x[..., None]
-    if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
-        raise ValueError(
-            f"expected x_{part} of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {x.shape}; "
-            "pass images with the channels last"
-        )
-    if x.dtype != np.uint8:
-        if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(
-                f"expected x_{part} as uint8 or float, got {x.dtype}; pass {_advice(x)}"
-            )
-        outside = in_range and (x.min() < 0 or x.max() > 1)
-        if outside or not np.isfinite(x).all():
-            raise ValueError(
-                f"expected float x_{part} in [0, 1], got [{np.min(x):.4g}, {np.max(x):.4g}]; "
-                "pass pixels divided by 255 (not standardised), or as uint8"
-            )
-    elif 0 < x.max() < DARK:
-        raise ValueError(
-            f"expected uint8 x_{part} of 0..255, got a largest pixel of {x.max()}; pass "
-            f"{_advice(x)}"
-        )
-    vectors = y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating)
-    if vectors:
-        y = y.argmax(1)
-    y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(
-            f"expected y_{part} to be {len(x)} integers, got shape {y.shape} of {y.dtype}; "
-            "pass one label an image"
-        )
-    if y.min() < 0:
-        raise ValueError(f"expected labels y_{part} from 0, got {y.min()}; pass 0, 1, ..., C - 1")
-    missing = np.flatnonzero(np.bincount(np.minimum(y, 10**6)) == 0)
-    if part == "train" and len(missing) and not vectors:
-        hint = "y - 1 (in y_test, too)" if missing.tolist() == [0] else "0, 1, ..., C - 1"
-        raise ValueError(
-            f"expected labels y_train of every class from 0 to {y.max()}, got none of "
-            f"{missing[:5].tolist()}; pass {hint}"
-        )
-    return x, y.astype(np.int64)
-
-
-def _advice(x):
-    """How to pass images of other numbers as floats, by what their numbers are."""
-    most = int(x.max())
-    return "x.astype('float32')" if most <= 1 else f"(x / {_scale_of(most)}).astype('float32')"
-
-
-def _scale_of(most):
-    """The white of images whose largest pixel is `most`."""
-    return next((white for white in (16, 255, 1023, 4095, 65535) if most <= white), most)
-
-
-def _check_alike(x_train, x_test, *, distilled):
-    """Refuses parts of another kind or scale; a distilled set is floats beside any test images."""
-    if distilled:
-        return
-    kinds = [x.dtype == np.uint8 for x in (x_train, x_test)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"expected x_train and x_test of one kind, got {x_train.dtype} and {x_test.dtype}; "
-            "pass both as uint8 of 0..255 or both as floats in [0, 1]"
-        )
-    brightest = [float(x.max()) for x in (x_train, x_test)]
-    if max(brightest) > ALIKE * min(brightest):
-        raise ValueError(
-            f"expected x_train and x_test of one scale, got largest pixels of {brightest[0]:.4g} "
-            f"and {brightest[1]:.4g}; pass both divided by the same white"
-        )
-
-
 def _digits():
     from sklearn.datasets import load_digits
 
@@ -329,7 +311,7 @@ def _torchvision(name):
             f"ADVKIP_DATA to a folder with {name}.npz (keys {', '.join(KEYS)}) to do without"
         ) from error
     parts = [(np.asarray(d.data), np.asarray(d.targets)) for d in (train, test)]
-    (x_train, y_train), (x_test, y_test) = (_checked(x, y, name) for x, y in parts)
+    (x_train, y_train), (x_test, y_test) = (inputs.part_of_data_set(x, y, name) for x, y in parts)
     return Dataset(x_train, y_train, x_test, y_test, 10)
 
 

@@ -10,6 +10,20 @@ COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
 NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
 
 
+CLASSES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                "truck"),
+    "fashion_mnist": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
+                      "sneaker", "bag", "ankle boot"),
+}  # fmt: skip
+
+
+def class_names(dataset, y):
+    """The names of labels y of a data set, where they are known; else the labels as text."""
+    names = CLASSES.get(dataset)
+    return [names[label] if names else str(label) for label in np.asarray(y).tolist()]
+
+
 def save(figure, folder, name):
     """Writes `<folder>/<name>.png` and returns the figure, so that a notebook shows it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -38,7 +52,7 @@ def training_curves(histories, *, against="step", images="validation"):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{images} accuracy (%)")
-    axes[0].legend()
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -74,7 +88,7 @@ def learning_rates(searches):
         axis.set(title=title, xlabel="learning rate", ylim=(-2, 102))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation accuracy (%)")
-    axes[0].legend()
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -130,6 +144,11 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
 
 def attacked_images(x, x_attacked, titles):
     """Images, the same after an attack, and what the attack added; one title a column."""
+    if not len(x):
+        figure, (axis,) = _panels(1)
+        axis.set_axis_off()
+        axis.set_title("no image of these is classified correctly")
+        return figure
     figure, axes = plt.subplots(3, len(x), figsize=(1.35 * len(x), 4.4), squeeze=False)
     for column, title in enumerate(titles):
         _image(axes[0, column], x[column])
@@ -176,8 +195,8 @@ def accuracy_against_epsilon(epsilons, accuracies):
 def loss_and_gradient(histories):
     """Figure 2: loss and input-gradient norm on watched test images while networks train.
 
-    Split into images that are read correctly and wrongly at the time; logarithmic, since both grow
-    and vanish over many orders of magnitude. A value of 0 is drawn at the lower edge.
+    Split into images that are classified correctly and wrongly at the time; logarithmic, since both
+    grow and vanish over many orders of magnitude. A value of 0 is drawn at the lower edge.
 
     Args:
       histories: {title: history of `training.Trained`}.
@@ -190,8 +209,8 @@ def loss_and_gradient(histories):
     for column, (title, history) in zip(axes.T, histories.items(), strict=True):
         for axis, (key, label) in zip(column, rows, strict=True):
             for part, name, colour in (
-                ("right", "read correctly", COLOURS["clean"]),
-                ("wrong", "read wrongly", COLOURS["pgd"]),
+                ("right", "correctly classified", COLOURS["clean"]),
+                ("wrong", "wrongly classified", COLOURS["pgd"]),
             ):
                 lines = [line for line in history if line[f"{key}_{part}"] is not None]
                 axis.plot(
@@ -224,7 +243,7 @@ def evidence(diagnoses):
     _heat(left, [[one.broken.get(name, np.nan) for name in attacks] for one in found], "Reds")
     left.set_xticks(range(len(attacks)), attacks, rotation=40, ha="right")
     left.set_yticks(range(len(found)), names)
-    left.set_title("claimed images that each attack breaks")
+    left.set_title("claimed images that each attack breaks (grey: not asked)")
     _heat(right, [[one.sweep.get(radius, np.nan) for radius in radii] for one in found], "Blues")
     labels = [f"{radius:.3g}" for radius in radii]
     right.set_xticks(range(len(radii)), labels, rotation=40, ha="right")
@@ -234,7 +253,7 @@ def evidence(diagnoses):
 
 
 def rounding(diagnoses, *, rounded, lost):
-    """How sure each model is of the images it reads correctly, and which of them PGD leaves.
+    """How sure each model is of the images it classifies correctly, and which of them PGD leaves.
 
     Args:
       diagnoses: {title: `diagnose.Diagnosis`}.
@@ -261,7 +280,7 @@ def rounding(diagnoses, *, rounded, lost):
     axis.set(
         xlim=(smallest, largest), ylim=(len(found) - 0.5, -0.5),
         xlabel="log-odds of the right class: how sure the model is",
-        title="float32 leaves of the gradient: nearly all | the wrong classes' part | nothing",
+        title="float32 leaves of the gradient:\nnearly all | the wrong classes' part | nothing",
     )  # fmt: skip
     axis.set_yticks(range(len(found)), [f"{t}\n{one.verdict}" for t, one in diagnoses.items()])
     figure.legend(loc="outside lower center", ncols=2, markerscale=2)
@@ -281,6 +300,12 @@ def inverted_images(x_original, x_start, x_made):
     return figure
 
 
+def _legend_below(figure, axis):
+    """One legend for all panels, where it hides no data."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
 def _panels(count, **options):
     """A figure and `count` axes, three in a row."""
     columns = min(count, 3)
@@ -295,7 +320,8 @@ def _panels(count, **options):
 
 
 def _heat(axis, shares, colours):
-    """A table of shares between 0 and 1, coloured; NaN stays empty."""
+    """A table of shares between 0 and 1, coloured; NaN, not asked, is grey."""
+    axis.set_facecolor("#d9d9d9")
     axis.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         if np.isfinite(share):
@@ -303,6 +329,8 @@ def _heat(axis, shares, colours):
                 column, row, f"{share:.0%}", ha="center", va="center", fontsize=8,
                 color="white" if share > 0.6 else "black",
             )  # fmt: skip
+        else:
+            axis.text(column, row, "–", ha="center", va="center", color="#666666")
 
 
 def _image(axis, image):

@@ -11,6 +11,11 @@ ROUNDING = 1e-6
 """How far pixels may leave their range."""
 
 
+DARK, ALIKE = 32, 3
+"""A largest uint8 pixel below the first is no image of 0..255; largest pixels of training and test
+images that differ by more than a factor of the second are not of one scale."""
+
+
 def images(x, *, low=0.0, high=1.0, name="images"):
     """Raises ValueError unless x is of float images (n, H, W, C) with pixels in [low, high].
 
@@ -103,3 +108,78 @@ def labels(y, n, *, n_classes=None, vectors=True, name="y"):
             f"expected {name} from 0 to {most}, got {y.min()} to {y.max()}; pass 0, 1, ..., C - 1"
         )
     return y.astype("int64")
+
+
+def part_of_data_set(x, y, part, *, in_range=True):
+    """Images as (N, H, W, C) and integer labels (N,) of a data set's file, or a ValueError."""
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
+        raise ValueError(
+            f"expected x_{part} of shape (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {x.shape}; "
+            "pass images with the channels last"
+        )
+    if x.dtype != np.uint8:
+        if not np.issubdtype(x.dtype, np.floating):
+            raise ValueError(
+                f"expected x_{part} as uint8 or float, got {x.dtype}; pass {_advice(x)}"
+            )
+        outside = in_range and (x.min() < 0 or x.max() > 1)
+        if outside or not np.isfinite(x).all():
+            raise ValueError(
+                f"expected float x_{part} in [0, 1], got [{np.min(x):.4g}, {np.max(x):.4g}]; "
+                "pass pixels divided by 255 (not standardised), or as uint8"
+            )
+    elif 0 < x.max() < DARK:
+        raise ValueError(
+            f"expected uint8 x_{part} of 0..255, got a largest pixel of {x.max()}; pass "
+            f"{_advice(x)}"
+        )
+    vectors = y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating)
+    if vectors:
+        y = y.argmax(1)
+    y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(
+            f"expected y_{part} to be {len(x)} integers, got shape {y.shape} of {y.dtype}; "
+            "pass one label an image"
+        )
+    if y.min() < 0:
+        raise ValueError(f"expected labels y_{part} from 0, got {y.min()}; pass 0, 1, ..., C - 1")
+    missing = np.flatnonzero(np.bincount(np.minimum(y.astype("int64"), 10**6)) == 0)
+    if part == "train" and len(missing) and not vectors:
+        hint = "y - 1 (in y_test, too)" if missing.tolist() == [0] else "0, 1, ..., C - 1"
+        raise ValueError(
+            f"expected labels y_train of every class from 0 to {y.max()}, got none of "
+            f"{missing[:5].tolist()}; pass {hint}"
+        )
+    return x, y.astype(np.int64)
+
+
+def _advice(x):
+    """How to pass images of other numbers as floats, by what their numbers are."""
+    most = int(x.max())
+    return "x.astype('float32')" if most <= 1 else f"(x / {_scale_of(most)}).astype('float32')"
+
+
+def _scale_of(most):
+    """The white of images whose largest pixel is `most`."""
+    return next((white for white in (16, 255, 1023, 4095, 65535) if most <= white), most)
+
+
+def check_alike(x_train, x_test, *, distilled):
+    """Refuses parts of another kind or scale; a distilled set is floats beside any test images."""
+    if distilled:
+        return
+    kinds = [x.dtype == np.uint8 for x in (x_train, x_test)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"expected x_train and x_test of one kind, got {x_train.dtype} and {x_test.dtype}; "
+            "pass both as uint8 of 0..255 or both as floats in [0, 1]"
+        )
+    brightest = [float(x.max()) for x in (x_train, x_test)]
+    if max(brightest) > ALIKE * min(brightest) > 0:
+        raise ValueError(
+            f"expected x_train and x_test of one scale, got largest pixels of {brightest[0]:.4g} "
+            f"and {brightest[1]:.4g}; pass both divided by the same white"
+        )

@@ -201,25 +201,10 @@ def read(path):
 
 def check(record):
     """Raises ValueError unless `record` has the layout in the module's text."""
-    layout = {
-        "": ("experiment", "environment", "rows"),
-        "experiment": ("dataset", "n_support"),
-    }
-    for part, keys in layout.items():
-        inside = record[part] if part else record
-        for key in keys:
-            if not isinstance(inside, dict) or key not in inside:
-                where = f" in {part!r}" if part else ""
-                raise ValueError(
-                    f"expected the key {key!r}{where}; pass a results.json of advkip.run"
-                )
+    _need(record, ("experiment", "environment", "rows"), "")
+    _need(record["experiment"], ("dataset", "n_support"), " in 'experiment'")
     for found in record.get("diagnoses", ()):
-        for key in ("verdict", "kept", "model", "trained_on", "training", "n_test", "seed"):
-            if key not in found:
-                raise ValueError(
-                    f"expected the key {key!r} in each of the diagnoses; pass a results.json of "
-                    "advkip.run"
-                )
+        _need(found, ("kept", "verdict", "model", "n_test", "seed"), " in each of the diagnoses")
     for row in record["rows"]:
         for key, kind in ROW_KEYS.items():
             if not isinstance(row.get(key), kind):
@@ -229,6 +214,12 @@ def check(record):
                 )
         if not 0 <= row["accuracy"] <= 1:
             raise ValueError(f"expected accuracy in [0, 1], got {row['accuracy']}; pass fractions")
+
+
+def _need(part, keys, where):
+    for key in keys:
+        if not isinstance(part, dict) or key not in part:
+            raise ValueError(f"expected the key {key!r}{where}; pass a results.json of advkip.run")
 
 
 def environment():
@@ -293,7 +284,7 @@ def table(records, *, tables=None, models=None):
 
         for row in record["rows"]:
             line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
-        # A verdict says something of figures; without them, as of an older run, it is no line.
+        # Without figures, as of an older run, a verdict is no line.
         for found in record.get("diagnoses", ()):
             if line := line_of(found):
                 line["verdict"][found["seed"]] = _verdict(found)
@@ -374,14 +365,8 @@ def _one_table(data_set, lines):
         return f"{n:,}" if n else ""
 
     body = [
-        [
-            source,
-            model,
-            number(n),
-            trained_on,
-            number(n_test),
-            *(_cell(cells.get(a)) for a in attacks),
-        ]
+        [source, model, number(n), trained_on, number(n_test)]
+        + [_cell(cells.get(a)) for a in attacks]
         for (source, model, n, trained_on, n_test, _), cells in lines.items()
     ]
     rule = ["---", "---", "---:", "---", "---:"] + ["---:"] * len(attacks)
@@ -414,7 +399,7 @@ def _cell(value):
 
 
 def update_readme(readme, paths):
-    """Puts the table of the given results.json files between the README's `results` marks."""
+    """The README's text with the table of results.json files between its `results` marks."""
     start, end = "<!-- results -->\n", "<!-- /results -->"
     text = Path(readme).read_text()
     before, _, rest = text.partition(start)

@@ -22,7 +22,7 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from advkip import files, records
+from advkip import data, files, records
 from advkip.config import Experiment, field_names, ignored_settings
 
 
@@ -154,6 +154,10 @@ def check_files(files, overrides=()):
                     f"{file}: expected notebooks to name files of notebooks/, got {notebook!r}; "
                     "pass for example '01_kernels', and run from the project's folder"
                 )
+        try:
+            data.check(experiment)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"{file}: {error}") from None
         names[experiment.name] = file
         experiments.append(experiment)
     return experiments

@@ -66,7 +66,7 @@ from advkip.config import Experiment
 experiment = Experiment.from_notebook(globals())
 kernels.set_precision(experiment.dtype)
 recorder = records.Recorder(experiment, output, "01_kernels")
-experiment
+experiment.changes()  # all else is at its default
 
 # %% [markdown]
 # ## Data
@@ -172,7 +172,7 @@ for trained_on, support in supports.items():
     ).machine
     outcomes[trained_on] = evaluate.evaluate(
         machine, splits.x_test, splits.y_test, threat=threat, step_size=experiment.step_size,
-        attack_names=["fgsm", f"pgd{experiment.eval_pgd_steps}"], keep=8,
+        attack_names=["fgsm", f"pgd{experiment.eval_pgd_steps}"], keep=24,
     )  # fmt: skip
     recorder.add(
         outcomes[trained_on], model=f"kernel:{experiment.kernel}", trained_on=trained_on,
@@ -188,16 +188,16 @@ recorder.write()
 display(Markdown(records.table([recorder.own()], tables=("1", "2", "9"), models="kernel:.*")))
 
 # %% [markdown]
-# What PGD does to the first test images, for the most robust of the machines above:
+# What PGD does to test images that the most robust of the machines above classifies correctly:
 
 # %%
 best = max(outcomes, key=lambda key: outcomes[key][-1].accuracy)
-survived = outcomes[best][-1].right[:8]
-titles = [
-    f"{y}, {'right' if ok else 'wrong'}" for y, ok in zip(splits.y_test[:8], survived, strict=True)
-]
+index = np.flatnonzero(outcomes[best][0].right[:24])[:8]
+names = figures.class_names(experiment.dataset, splits.y_test[index])
+survived = outcomes[best][-1].right[index]
+titles = [f"{y}, {'stays' if ok else 'falls'}" for y, ok in zip(names, survived, strict=True)]
 figures.save(
-    figures.attacked_images(splits.x_test[:8], outcomes[best][-1].x_attacked, titles),
+    figures.attacked_images(splits.x_test[index], outcomes[best][-1].x_attacked[index], titles),
     output, "attacked_test_images",
 )  # fmt: skip
 
@@ -212,7 +212,7 @@ for result in distilled.values():
     assert all(np.isfinite(list(line.values())).all() for line in result.history)
 for clean, fgsm, pgd in outcomes.values():
     assert clean.accuracy >= fgsm.accuracy >= pgd.accuracy
-    moved = attacks.distance(pgd.x_attacked, splits.x_test[:8], experiment.norm)
+    moved = attacks.distance(pgd.x_attacked, splits.x_test[:24], experiment.norm)
     assert moved.max() <= experiment.epsilon + evaluate.TOLERANCE
 
 # %% [markdown]

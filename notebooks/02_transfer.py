@@ -64,7 +64,7 @@ from advkip.config import Experiment
 experiment = Experiment.from_notebook(globals())
 kernels.set_precision(experiment.dtype)
 recorder = records.Recorder(experiment, output, "02_transfer")
-experiment
+experiment.changes()  # all else is at its default
 
 # %% [markdown]
 # ## Data

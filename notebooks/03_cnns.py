@@ -61,7 +61,7 @@ from advkip.config import Experiment
 experiment = Experiment.from_notebook(globals())
 kernels.set_precision(experiment.dtype)
 recorder = records.Recorder(experiment, output, "03_cnns")
-experiment
+experiment.changes()  # all else is at its default
 
 # %% [markdown]
 # ## Data
@@ -149,7 +149,7 @@ for (net, chosen, how), found in searches.items():
         outcomes[net, chosen, how, net_seed] = evaluate.evaluate(
             trained.net, x_test, y_test, threat=threat, step_size=experiment.step_size,
             threat_l2=threat_l2, step_size_l2=experiment.step_size_l2, seed=experiment.seed,
-            attack_names=experiment.net_attacks, keep=8, checkpoint_dir=output,
+            attack_names=experiment.net_attacks, keep=24, checkpoint_dir=output,
         )  # fmt: skip
         recorder.add(
             outcomes[net, chosen, how, net_seed], model=net, trained_on=chosen, training=how,
@@ -164,20 +164,22 @@ display(Markdown(records.table([recorder.own()], tables=("5", "6", "7"))))
 # %% [markdown]
 # ## What an attack does to the images
 #
-# The last two l_inf attacks of the list on the first test images, for each network. PGD always
-# moves, as long as there is a gradient: an empty difference is one that is not there. AutoAttack
-# returns the images that it could not break as they were. Where the attack of a robust network has
-# to draw, that of another adds what looks like noise.
+# The last two l_inf attacks of the list on test images that each network classifies correctly. PGD
+# always moves, as long as there is a gradient: an empty difference is one that is not there.
+# AutoAttack returns the images that it could not break as they were. Where the attack of a robust
+# network has to draw, that of another adds what looks like noise.
 
 # %%
 for (net, chosen, how, net_seed), results in outcomes.items():
     for one in [one for one in results[1:] if one.norm == experiment.norm][-2:]:
-        pairs = zip(y_test[:8], one.right[:8], strict=True)
-        signs = [f"{y}, {'right' if ok else 'wrong'}" for y, ok in pairs]
+        shown = np.flatnonzero(results[0].right[:24])[:8]
+        names = figures.class_names(experiment.dataset, y_test[shown])
+        pairs = zip(names, one.right[shown], strict=True)
+        signs = [f"{y}, {'stays' if ok else 'falls'}" for y, ok in pairs]
         display(
             Markdown(f"**{titles[net, chosen, how]}**, {one.attack}"),
             figures.save(
-                figures.attacked_images(x_test[:8], one.x_attacked, signs),
+                figures.attacked_images(x_test[shown], one.x_attacked[shown], signs),
                 output, f"{one.attack}_{net}_{chosen}_{how}_{net_seed}",
             ),
         )  # fmt: skip
@@ -192,7 +194,7 @@ for found in searches.values():
 for results in outcomes.values():
     evaluate.check_order(results)
     for one in results[1:]:
-        moved = attacks.distance(one.x_attacked, x_test[:8], one.norm)
+        moved = attacks.distance(one.x_attacked, x_test[:24], one.norm)
         assert moved.max() <= one.epsilon + evaluate.TOLERANCE
 
 # %% [markdown]

@@ -84,7 +84,7 @@ experiment = Experiment.from_notebook(globals())
 experiment.check_diagnosis()
 kernels.set_precision(experiment.dtype)
 recorder = records.Recorder(experiment, output, "04_shortcomings")
-experiment
+experiment.changes()  # all else is at its default
 
 # %% [markdown]
 # ## Data, and adversarial training

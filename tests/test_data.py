@@ -238,6 +238,7 @@ def test_training_sets_keep_label_vectors(tmp_path, rng):
     np.testing.assert_allclose(found_x, x, atol=1e-6)
     assert (found_x.dtype, found_y.dtype) == (np.float32, np.float32)
     x = rng.integers(0, 256, (30, 8, 8)).astype("uint8")
+    test = {"x_test": x[:4], "y_test": np.arange(4)}
     np.savez(tmp_path / "i.npz", x_train=x, y_train=np.arange(30) % 4, **test)
     name, (found_x, found_y, _) = data.training_set(tmp_path / "i.npz", n_classes=6, center=True)
     assert name == "i"

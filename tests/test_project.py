@@ -37,7 +37,7 @@ IMPORTS = {
     "values": set(),
     "config": {"values"},
     "compat": set(),
-    "data": {"config"},
+    "data": {"config", "inputs"},
     "devices": set(),
     "inputs": set(),
     "files": set(),
@@ -71,7 +71,7 @@ IMPORTS = {
     "features": {"data", "files", "nets"},
     "figures": set(),
     "records": {"config", "files"},
-    "run": {"config", "files", "records"},
+    "run": {"config", "data", "files", "records"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 from advkip import files, run
@@ -324,3 +326,35 @@ def test_starting_over_leaves_nothing_to_mix(project):
 def test_braces_in_the_folder_of_results(project, folder):
     assert run.main([params(project), "--reports", folder]) == 0
     assert (project / folder / "x" / "good.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_support": 5000}, "n_support = 5000: expected 500 images of class 0"),
+        ({"n_target": 1300}, "n_target = 1300: expected at most 1237 images"),
+        ({"n_validation": 2000}, "n_validation = 2000"),
+        ({"n_original": 3000}, "n_original = 3000"),
+        ({"n_test": 800}, "n_test = 800"),
+        ({"dataset": "nowhere"}, "expected a data set in"),
+        ({"data_dir": "nowhere"}, "expected data_dir to be a folder"),
+        ({"distilled_set": "no.npz"}, "expected distilled_set to be a .npz file, got no.npz"),
+        ({"robust_features": "no"}, "expected robust_features to be a folder or a .npz, got no"),
+        ({"norm": "l2", "epsilon": 9.0}, "expected epsilon of at most 8.0"),
+        ({"net_attacks": ["pgd2-l2"], "epsilon_l2": 9.0}, "expected epsilon_l2 of at most 8.0"),
+        ({"dataset": "three", "data_dir": ".", "n_support": 6, "n_target": 6, "n_validation": 6,
+          "notebooks": ["02_transfer"]}, "net_attacks for 3 classes, got ..autoattack"),
+        ({"distilled_set": "three.npz"}, r"expected distilled_set of images \(8, 8, 1\) and 10"),
+    ],
+)  # fmt: skip
+def test_data_that_do_not_fit_are_refused_before_anything_runs(project, capfd, settings, message):
+    rng = np.random.default_rng(0)
+    parts = {f"x_{part}": rng.uniform(0, 1, (60, 6, 6)) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(60) % 3 for part in ("train", "test")}
+    np.savez(project / "three.npz", **parts, **labels)
+    good = project / "notebooks" / "good.ipynb"
+    (project / "notebooks" / "02_transfer.ipynb").write_bytes(good.read_bytes())
+    assert run.main([params(project, **settings), "--check"]) == 2
+    error = capfd.readouterr().err
+    assert "x.yaml: " in error
+    assert re.search(message, error)
