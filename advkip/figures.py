@@ -243,11 +243,11 @@ def evidence(diagnoses):
     _heat(left, [[one.broken.get(name, np.nan) for name in attacks] for one in found], "Reds")
     left.set_xticks(range(len(attacks)), attacks, rotation=40, ha="right")
     left.set_yticks(range(len(found)), names)
-    left.set_title("claimed images that each attack breaks (grey: not asked)")
+    left.set_title("claimed images that each attack\nbreaks (grey: not asked)")
     _heat(right, [[one.sweep.get(radius, np.nan) for radius in radii] for one in found], "Blues")
     labels = [f"{radius:.3g}" for radius in radii]
     right.set_xticks(range(len(radii)), labels, rotation=40, ha="right")
-    right.set(title="PGD accuracy, growing ball", xlabel="attack radius")
+    right.set(title="PGD accuracy,\ngrowing ball", xlabel="attack radius")
     right.tick_params(left=False)
     return figure
 

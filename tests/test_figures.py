@@ -104,7 +104,8 @@ def test_evidence_shows_attacks_and_the_sweep():
         "noise", "square", "from kernel",
     ]  # fmt: skip
     assert left.get_yticklabels()[0].get_text() == "net\nmasked"
-    assert sorted(text.get_text() for text in left.texts) == ["0%", "10%", "20%", "75%"]
+    cells = sorted(text.get_text() for text in left.texts)
+    assert cells == ["0%", "10%", "20%", "75%", "–", "–"]  # not asked is not 0 %
     assert [label.get_text() for label in right.get_xticklabels()] == ["0.1", "1"]
     np.testing.assert_allclose(right.images[0].get_array().filled(-1), [[0.9, 0.9], [0.5, -1]])
 
