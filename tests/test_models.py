@@ -77,6 +77,8 @@ def test_answers_that_depend_on_the_batch_are_refused(digit_net):
         measure(own.eval())
     with pytest.raises(ValueError, match="depends on it alone"):
         measure(Behind(digit_net, last=lambda z: z + z.mean(0) * torch.arange(10)))
+    for n in (1, 2, 3):
+        assert set(measure(digit_net, n=n)) == {"clean", "fgsm", "pgd3"}
     running = torch.nn.Sequential(digit_net, torch.nn.BatchNorm1d(10)).eval()
     assert measure(running)["clean"] == measure(digit_net)["clean"]
     noisy = Behind(digit_net, last=lambda z: z + torch.randn_like(z))
