@@ -249,6 +249,8 @@ class _Case:
         """Do AutoAttack's parts break claimed images; Square, beyond all that see gradients?"""
         found = {}
         possible = ATTACK_PARTS if self.n_classes >= 4 else UNTARGETED_PARTS
+        if self.threat.norm == "l2" and not evaluate.square_tiles(self.x.shape[1:3]):
+            possible = tuple(part for part in possible if part != "square")
         parts = [part for part in parts if part in possible]
         if parts and len(self.standing):
             with around.silent("auto-attack"):

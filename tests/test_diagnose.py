@@ -729,3 +729,17 @@ def test_noise_keeps_to_the_ball(threat, far):
     assert (distance > threat.epsilon * (0.99 if far else 0.8)).all()
     # In all directions: of 50 points a pixel's mean is within some standard deviations of 0.
     assert (noisy - x).mean(0).abs().max() < threat.epsilon * {"linf": 0.7, "l2": 0.1}[threat.norm]
+
+
+def test_square_in_l2_is_not_asked_where_it_cannot_run(rng):
+    net = nets.build("fc1-8", shape=(14, 14, 1), n_classes=10, seed=0).eval()
+    x = rng.uniform(0, 1, (12, 14, 14, 1)).astype("float32")
+    y = net(nets.to_tensor(x)).argmax(1).numpy()
+    found = diagnose.diagnose(
+        net, x, y, threat=attacks.Threat("l2", 0.05), step_size=0.02, n_steps=3, progress=False,
+        parts=("apgd-ce", "square"),
+    )  # fmt: skip
+    assert found.claimed > 0.2
+    asked = {check.name: check.value for check in found.checks}
+    assert asked["gradient-free"] is None
+    assert found.verdict == "inconclusive"
