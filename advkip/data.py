@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from advkip import inputs
+from advkip.config import ATTACK_PARTS, UNTARGETED_PARTS
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-TARGETED = ("autoattack", "apgd-t", "fab-t")
+TARGETED = ("autoattack", *(part for part in ATTACK_PARTS if part not in UNTARGETED_PARTS))
 """Attacks with losses towards each of three other classes or more."""
 
 CACHE = Path("~/.cache/advkip")
@@ -169,14 +170,9 @@ def check(experiment):
     splits = split(found._replace(x_train=x_train, x_test=x_test), e)
     draw_original(splits, e.n_original, seed=e.seed)
     shape = found.x_test.shape[1:]
-    diameter = np.prod(shape) ** 0.5
-    l2 = any(name.endswith("-l2") for name in e.net_attacks)
-    for key, asked in (("epsilon", e.norm == "l2"), ("epsilon_l2", l2)):
-        if asked and getattr(e, key) > diameter:
-            raise ValueError(
-                f"expected {key} of at most {diameter:.1f}, the largest l2 distance of two images "
-                f"{shape}, got {getattr(e, key):g}; pass 128/255 for what is sometimes written 128"
-            )
+    inputs.check_radius(e.norm, e.epsilon, shape)
+    if any(name.endswith("-l2") for name in e.net_attacks):
+        inputs.check_radius("l2", e.epsilon_l2, shape)
     targeted = [a for a in e.net_attacks if a.removesuffix("-l2") in TARGETED]
     networks = {"02_transfer", "03_cnns", "04_shortcomings"} & set(e.notebooks)
     if targeted and networks and found.n_classes < 4:
@@ -186,11 +182,17 @@ def check(experiment):
         )
     if e.distilled_set:
         chosen = training_set(e.distilled_set, n_classes=found.n_classes)[1]
-        if chosen.x.shape[1:] != shape or chosen.y.shape[1] != found.n_classes:
-            raise ValueError(
-                f"expected distilled_set of images {shape} and {found.n_classes} classes as in "
-                f"{e.dataset}, got {chosen.x.shape[1:]} and {chosen.y.shape[1]}; pass such a set"
-            )
+        check_fits(e.distilled_set, chosen, shape, found.n_classes)
+
+
+def check_fits(path, chosen, shape, n_classes):
+    """Raises ValueError unless a `TrainingSet` has images and classes of the data set at hand."""
+    own = chosen.x.shape[1:], chosen.y.shape[1]
+    if own != (shape, n_classes):
+        raise ValueError(
+            f"{path}: expected images {shape} of {n_classes} classes as in the data set, got "
+            f"{own[0]} of {own[1]}; pass a set of that kind"
+        )
 
 
 class TrainingSet(NamedTuple):

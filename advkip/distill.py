@@ -386,12 +386,7 @@ def _distilled_set(experiment, splits, dataset, folder):
     name, chosen = data.training_set(
         path, n_classes=splits.n_classes, center=experiment.center_labels
     )
-    shape, n_classes = chosen.x.shape[1:], chosen.y.shape[1]
-    if shape != splits.x_test.shape[1:] or n_classes != splits.n_classes:
-        raise ValueError(
-            f"{path}: expected images {splits.x_test.shape[1:]} of {splits.n_classes} classes as "
-            f"in {experiment.dataset}, got {shape} of {n_classes}; pass a set of that kind"
-        )
+    data.check_fits(path, chosen, splits.x_test.shape[1:], splits.n_classes)
     return name, chosen
 
 

@@ -166,12 +166,7 @@ def _plan(name, x, threat, step_size, threat_l2, step_size_l2):
         if threat_l2 is None or threat_l2.norm != "l2":
             raise ValueError(f"expected threat_l2 for {name!r}, got {threat_l2}; pass an l2 Threat")
         threat, step_size = threat_l2, step_size_l2
-    diameter = x[0].size ** 0.5
-    if threat.norm == "l2" and threat.epsilon > diameter:
-        raise ValueError(
-            f"expected an l2 radius of at most {diameter:.1f}, the largest distance of two images "
-            f"in [0, 1], got {threat.epsilon:g}; pass 128/255 for what is sometimes written 128"
-        )
+    inputs.check_radius(threat.norm, threat.epsilon, x.shape[1:])
     if threat.norm == "l2" and base in ("square", "autoattack") and not square_tiles(x.shape[1:3]):
         raise ValueError(
             f"expected images that Square can tile in an l2 ball for {name!r}, got "

@@ -13,6 +13,9 @@ from advkip import torch_attacks
 COPIES, ROUNDS, EPOCHS, WIDTH = 24, 2, 15, 256
 """Noisy copies of each image; rounds of attacked images; epochs a round; width of the imitation."""
 
+MOST = 10_000
+"""Noisy copies in all, so that many images take no more memory and time than that."""
+
 RAYS = 500
 """Directions that are tried, one a pass over the images that still stand."""
 
@@ -39,7 +42,8 @@ def imitate(net, x, threat, *, seed):
             layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
         copy = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, classes)).to(x.device)
     start = x.detach().float()
-    points = [start, *(_noisy(start, threat, generator, i) for i in range(COPIES))]
+    copies = min(COPIES, max(3, MOST // len(x)))
+    points = [start, *(_noisy(start, threat, generator, i) for i in range(copies))]
     answers = [_answers(net, part.to(x.dtype))[0] for part in points]
     for round_ in range(ROUNDS + 1):
         _fit(copy, torch.cat(points), torch.cat(answers), generator)
@@ -49,7 +53,7 @@ def imitate(net, x, threat, *, seed):
                 moved = attack(copy, random, start, answers[0], threat)
                 points.append(moved)
                 answers.append(_answers(net, moved.to(x.dtype))[0])
-    return copy
+    return copy.eval()
 
 
 def images(copy, x, y, threat, *, seed):

@@ -10,7 +10,6 @@ import numpy as np
 ROUNDING = 1e-6
 """How far pixels may leave their range."""
 
-
 DARK, ALIKE = 32, 3
 """A largest uint8 pixel below the first is no image of 0..255; largest pixels of training and test
 images that differ by more than a factor of the second are not of one scale."""
@@ -62,6 +61,38 @@ def check_floats(x, name="images"):
         raise ValueError(f"expected {name} of float32 or float64, got {kind}; pass {hint}")
 
 
+def check_radius(norm, epsilon, shape):
+    """Raises ValueError if an l2 radius exceeds the distance of any two images of a shape."""
+    diameter = float(np.prod(shape)) ** 0.5
+    if norm == "l2" and epsilon > diameter:
+        raise ValueError(
+            f"expected an l2 radius of at most {diameter:.1f}, the largest distance of two images "
+            f"in [0, 1], got {epsilon:g}; pass 128/255 for what is sometimes written 128"
+        )
+
+
+def check_label_layout(y, n, *, vectors=True, name="y"):
+    """Raises ValueError unless shape and dtype of y are those of `labels`; no value is looked at.
+
+    Args:
+      y: a NumPy array or a PyTorch tensor; n, vectors, name: see `labels`.
+    """
+    kind = str(y.dtype).removeprefix("torch.")
+    integers = kind.startswith(("int", "uint"))
+    good = integers if y.ndim == 1 else (vectors and y.ndim == 2 and y.shape[1] > 1)
+    if not good or not (integers or "float" in kind) or len(y) != n:
+        expected = (
+            f"{name} of {n} integers or label vectors (n, classes), one label an image"
+            if vectors
+            else f"one integer label an image, {n} {name}"
+        )
+        hint = "" if vectors else "argmax of one-hot labels, or "
+        raise ValueError(
+            f"expected {expected}, got shape {tuple(y.shape)} of {kind}; pass {hint}"
+            "y.reshape(-1).astype('int64')"
+        )
+
+
 def labels(y, n, *, n_classes=None, vectors=True, name="y"):
     """Labels of n images as a NumPy array: integers (n,), int64, or label vectors (n, classes).
 
@@ -78,20 +109,7 @@ def labels(y, n, *, n_classes=None, vectors=True, name="y"):
       ValueError: anything else.
     """
     y = np.asarray(y)
-    integers = np.issubdtype(y.dtype, np.integer)
-    good = integers if y.ndim == 1 else (vectors and y.ndim == 2 and y.shape[1] > 1)
-    good = good and (integers or np.issubdtype(y.dtype, np.floating))
-    if not good or len(y) != n:
-        expected = (
-            f"{name} of {n} integers or label vectors (n, classes), one label an image"
-            if vectors
-            else f"one integer label an image, {n} {name}"
-        )
-        hint = "" if vectors else "argmax of one-hot labels, or "
-        raise ValueError(
-            f"expected {expected}, got shape {y.shape} of {y.dtype}; pass {hint}"
-            "y.reshape(-1).astype('int64')"
-        )
+    check_label_layout(y, n, vectors=vectors, name=name)
     if y.ndim == 2:
         if not np.isfinite(y).all():
             raise ValueError(

@@ -32,6 +32,8 @@ ROW_KEYS = {
     "norm": str, "epsilon": float, "accuracy": float, "n_test": int, "seed": int,
 }  # fmt: skip
 
+DIAGNOSIS_KEYS = ("kept", "verdict", "model", "trained_on", "training", "n_test", "seed")
+
 ADVERSARIAL = "original, adversarial training"
 
 # The paper's tables: table, data set, model, number of training images (0: not stated), trained on,
@@ -204,7 +206,7 @@ def check(record):
     _need(record, ("experiment", "environment", "rows"), "")
     _need(record["experiment"], ("dataset", "n_support"), " in 'experiment'")
     for found in record.get("diagnoses", ()):
-        _need(found, ("kept", "verdict", "model", "n_test", "seed"), " in each of the diagnoses")
+        _need(found, DIAGNOSIS_KEYS, " in each of the diagnoses")
     for row in record["rows"]:
         for key, kind in ROW_KEYS.items():
             if not isinstance(row.get(key), kind):

@@ -203,7 +203,7 @@ def _run(experiment, folder, force):
             print(f"{executed}: finished{note}, skipped (--force runs it again)")
             continue
         print(f"{executed}: running", flush=True)
-        if _differs(notebook):
+        if differs := _differs(notebook):
             print(f"  {source(notebook)} differs from what is committed", flush=True)
         try:
             papermill.execute_notebook(
@@ -226,7 +226,7 @@ def _run(experiment, folder, force):
                 f"{executed}: the kernel died ({error}), often for want of memory; pass a smaller "
                 "n_support or n_target, or run it again to continue from the last checkpoint"
             ) from None
-        _tidy(running, _differs(notebook))
+        _tidy(running, differs)
         running.replace(executed)
         failed.unlink(missing_ok=True)
 

@@ -111,7 +111,7 @@ def pgd(
     check_numbers(n_steps, step_size, n_restarts, loss, LOSSES)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
-    inputs.labels(y.detach().cpu(), len(x))
+    inputs.check_label_layout(y, len(x))
     best = None
     for _ in range(n_restarts):
         attacked = x if generator is None else random_start(x, threat, generator)

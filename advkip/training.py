@@ -113,15 +113,15 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
         total=recipe.epochs, initial=run.epoch, disable=not progress, mininterval=1,
         desc="adversarial training" if recipe.adversarial_steps else "training", unit="epoch",
     ) as bar:  # fmt: skip
-        state = run.state()
+        state = path and run.state()
         try:
             while not (reason := run.finished()):
                 run.advance()
-                if run.epoch % recipe.eval_every == 0 or run.epoch == recipe.epochs:
+                if due := run.epoch % recipe.eval_every == 0 or run.epoch == recipe.epochs:
                     run.look(parts)
-                    if path:
-                        run.save(path)
-                state = run.state()
+                state = path and run.state()
+                if path and due:
+                    _save(path, state)
                 bar.update(run.epoch - bar.n)
                 if run.history:
                     line = run.history[-1]
@@ -308,10 +308,6 @@ class _Run:
         if line["clean"] >= clean - CLEAN_MARGIN and (outdated or score > self.best_score):
             self.best_score, self.best_epoch = score, self.epoch
             self.best = copy.deepcopy(self.net.state_dict())
-
-    def save(self, path):
-        """Writes the state, see `_save`."""
-        _save(path, self.state())
 
     def state(self):
         """A copy of all that the run is."""

@@ -219,11 +219,12 @@ machines = {
 # ## The diagnosis
 #
 # A figure for robustness says that *this* attack found nothing. So each model is asked again. Of
-# the images that withstand FGSM and PGD, which fall when the attack loses nothing to rounding, uses
-# another loss, rescaled logits, float64, more steps, random starts; when it uses no gradient at
-# all; when the adversarial image comes from another model; when it is mere noise? Any such image
-# was never robust. Are there gradients to follow? Does accuracy fall to chance when the attacker
-# may do anything?
+# the images that withstand FGSM and PGD, which fall when the attack loses nothing to rounding,
+# uses another loss, rescaled logits, float64, more steps, random starts; when it uses no gradient
+# at all; when the adversarial image comes from another model, among them a small one that has
+# learned to imitate the answers of this one; when nothing but these answers is looked at; when it
+# is mere noise? Any such image was never robust. Are there gradients to follow? Does accuracy
+# fall to chance when the attacker may do anything?
 # (`advkip.diagnose` states the thresholds and where they come from.)
 
 # %%
@@ -291,12 +292,12 @@ display(Markdown(records.table([recorder.own()], tables=("8", "10"))))
 # %% [markdown]
 # ## Why: one figure and one table
 #
-# Each line is a model. Red: each column is an attack that the *claimed* images were given to, those
-# that withstand FGSM and PGD; a genuine line is pale. (A cell is empty where the adversarial images
-# would come from the model itself.) Blue: accuracy under PGD when the ball grows. At radius 1
-# (l_inf) every image can be turned into every other, so a line that stays blue to the end belongs
-# to an attack that does not see. Models of which hardly anything is claimed (nearly all images fall
-# to PGD already) are left out.
+# Each line is a model. Red: each column is an attack that the *claimed* images were given to,
+# those that withstand FGSM and PGD; a genuine line is pale. (A grey cell was not asked, as where
+# the adversarial images would come from the model itself.) Blue: accuracy under PGD when the ball
+# grows. At radius 1 (l_inf) every image can be turned into every other, so a line that stays blue
+# to the end belongs to an attack that does not see. Models of which hardly anything is claimed
+# (nearly all images fall to PGD already) are left out.
 #
 # The table has one line for each check, with what it may be at most. *order*: images that FGSM
 # breaks and PGD does not, though it has more steps. *repeatable*: a model that answers differently

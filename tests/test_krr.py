@@ -217,3 +217,12 @@ def test_other_dtypes_are_refused(dtype):
         krr.fit(kernels.by_name("fc1"), d.x_train[:20].astype(dtype), labels)
     with pytest.raises(ValueError, match=f"expected y_support of float32 or float64, got {dtype}"):
         krr.fit(kernels.by_name("fc1"), d.x_train[:20], labels.astype(dtype))
+
+
+def test_a_black_image_without_biases_has_a_kernel_of_0():
+    """It says nothing of how large the others' coefficients are."""
+    d = data.load("digits")
+    x, labels = d.x_train[:40].copy(), data.one_hot(d.y_train[:40], 10, center=True)
+    x[0] = 0
+    machine = krr.fit(kernels.by_name("fc2", b_std=0.0), x, labels).machine
+    assert np.isfinite(machine(d.x_test[:10])).all()

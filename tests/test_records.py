@@ -322,9 +322,12 @@ def test_what_a_record_lacks_is_named(tmp_path):
         path.write_text(json.dumps(record | {part: inside}))
         with pytest.raises(ValueError, match=f"results.json: expected the key '{key}' in '{part}'"):
             records.read(path)
-    path.write_text(json.dumps(record | {"diagnoses": [{"verdict": "masked"}]}))
-    with pytest.raises(ValueError, match="expected the key 'kept' in each of the diagnoses"):
-        records.read(path)
+    whole = dict.fromkeys(records.DIAGNOSIS_KEYS, 0)
+    for key in records.DIAGNOSIS_KEYS:
+        found = {k: v for k, v in whole.items() if k != key}
+        path.write_text(json.dumps(record | {"diagnoses": [found]}))
+        with pytest.raises(ValueError, match=f"expected the key '{key}' in each of the diagnoses"):
+            records.read(path)
     found = subprocess.run([sys.executable, "-m", "advkip.records"], capture_output=True, text=True)
     assert found.returncode == 1
     assert found.stderr.startswith("usage: python -m advkip.records")

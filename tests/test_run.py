@@ -340,11 +340,11 @@ def test_braces_in_the_folder_of_results(project, folder):
         ({"data_dir": "nowhere"}, "expected data_dir to be a folder"),
         ({"distilled_set": "no.npz"}, "expected distilled_set to be a .npz file, got no.npz"),
         ({"robust_features": "no"}, "expected robust_features to be a folder or a .npz, got no"),
-        ({"norm": "l2", "epsilon": 9.0}, "expected epsilon of at most 8.0"),
-        ({"net_attacks": ["pgd2-l2"], "epsilon_l2": 9.0}, "expected epsilon_l2 of at most 8.0"),
+        ({"norm": "l2", "epsilon": 9.0}, "expected an l2 radius of at most 8.0"),
+        ({"net_attacks": ["pgd2-l2"], "epsilon_l2": 9.0}, "expected an l2 radius of at most 8.0"),
         ({"dataset": "three", "data_dir": ".", "n_support": 6, "n_target": 6, "n_validation": 6,
           "notebooks": ["02_transfer"]}, "net_attacks for 3 classes, got ..autoattack"),
-        ({"distilled_set": "three.npz"}, r"expected distilled_set of images \(8, 8, 1\) and 10"),
+        ({"distilled_set": "three.npz"}, r"three.npz: expected images \(8, 8, 1\) of 10 classes"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit_are_refused_before_anything_runs(project, capfd, settings, message):
