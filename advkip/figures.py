@@ -106,7 +106,7 @@ def trade_off(histories):
     return figure
 
 
-def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
+def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=None):
     """Figures 5 and 6: distilled images below the originals, their difference and labels.
 
     Shows one image of each class in turn. Pixels outside [0, 1] are shown clipped; the
@@ -114,6 +114,7 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
 
     Args:
       x_before, x_after: images (S, H, W, C); y_before, y_after: label vectors (S, C).
+      dataset: name of the data set; its classes have their names where they are known.
     """
     classes = y_before.argmax(1)
     rank = np.zeros(len(classes), int)
@@ -124,6 +125,7 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
     difference = (x_after - x_before).mean(3)[index]
     limit = max(np.abs(difference).max(), 1e-12)
     labels = np.concatenate([y_before[index], y_after[index]])
+    names = class_names(dataset, classes[index])
     for column, i in enumerate(index):
         _image(axes[0, column], x_before[i])
         _image(axes[1, column], x_after[i])
@@ -132,7 +134,7 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10):
         axes[3, column].bar(positions, y_before[i], color="#bbbbbb", width=0.9)
         axes[3, column].bar(positions, y_after[i], color=COLOURS["clean"], width=0.5)
         axes[3, column].set_ylim(labels.min() - 0.05, labels.max() + 0.05)
-        axes[0, column].set_title(f"class {classes[i]}", fontsize=9)
+        axes[0, column].set_title(names[column], fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     rows = ("original", "distilled", f"difference\n(±{limit:.2f})", "labels\n(grey: before)")

@@ -301,14 +301,21 @@ def table(records, *, tables=None, models=None):
     return "\n\n".join(_one_table(data_set, shown) for data_set in data_sets)
 
 
-def checks_table(diagnoses):
+def checks_table(diagnoses, *, columns=6):
     """Markdown: one line a check, one column a model; what fails is in bold.
 
     A check fails when its share exceeds the limit beyond doubt (see `verdict`).
 
     Args:
       diagnoses: {title: `diagnose.Diagnosis.to_dict()`, or the like in a record}.
+      columns: models in one table; more go into further tables below it.
     """
+    titles = list(diagnoses)
+    parts = [titles[start : start + columns] for start in range(0, len(titles), columns)]
+    return "\n\n".join(_checks_part({one: diagnoses[one] for one in part}) for part in parts)
+
+
+def _checks_part(diagnoses):
     titles, found = list(diagnoses), list(diagnoses.values())
     checks = list(dict.fromkeys(c["name"] for one in found for c in one["checks"]))
     lines = [["", *titles], ["---", *["---:"] * len(titles)]]
@@ -320,12 +327,8 @@ def checks_table(diagnoses):
         lines.append([name, *(f"{one[key]:.0%}" for one in found)])
     for key in ("right", "wrong"):
         norms = (one["gradients"][key] for one in found)
-        lines.append(
-            [
-                f"mean gradient norm, images read {key}",
-                *("-" if n is None else f"{n:.2g}" for n in norms),
-            ]
-        )
+        cells = ("-" if n is None else f"{n:.2g}" for n in norms)
+        lines.append([f"mean gradient norm, images read {key}", *cells])
     for key, part in (("partly", "at least in part"), ("wholly", "to 0")):
         shares = (f"{one['rounded'][key]:.0%}" for one in found)
         lines.append([f"images read right whose gradient float32 rounds {part}", *shares])

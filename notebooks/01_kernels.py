@@ -144,8 +144,9 @@ figures.save(figures.gradient_norms(histories), output, "figure4_gradient_norm")
 # %%
 for method, result in distilled.items():
     figure = figures.before_and_after(
-        result.x_initial, result.y_initial, result.x_support, result.y_support
-    )
+        result.x_initial, result.y_initial, result.x_support, result.y_support,
+        dataset=experiment.dataset,
+    )  # fmt: skip
     display(Markdown(f"**{method}**"), figures.save(figure, output, f"figure5_images_{method}"))
 
 # %% [markdown]

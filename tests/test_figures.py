@@ -60,7 +60,9 @@ def test_images(rng, channels):
     x, labels = rng.uniform(0, 1, (25, 6, 6, channels)), np.eye(10)[np.arange(25) % 10]
     figure = figures.before_and_after(x, labels, x + 0.2, labels - 0.1)
     assert len(figure.axes) == 40
-    assert [axis.get_title() for axis in figure.axes[:10]] == [f"class {c}" for c in range(10)]
+    assert [axis.get_title() for axis in figure.axes[:10]] == [str(c) for c in range(10)]
+    named = figures.before_and_after(x, labels, x, labels, dataset="cifar10")
+    assert [axis.get_title() for axis in named.axes[2:4]] == ["bird", "cat"]
     difference = figure.axes[20].images[0]
     np.testing.assert_allclose(difference.get_array(), 0.2, rtol=1e-12)
     assert difference.get_clim() == pytest.approx((-0.2, 0.2))

@@ -209,6 +209,10 @@ def test_the_table_of_checks():
     )
     assert "| images read right whose gradient float32 rounds to 0 | 0% | 0% |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
+    parts = records.checks_table({str(i): found["a"] for i in range(8)}, columns=3).split("\n\n")
+    assert [part.splitlines()[0] for part in parts] == [
+        "|  | 0 | 1 | 2 |", "|  | 3 | 4 | 5 |", "|  | 6 | 7 |",
+    ]  # fmt: skip
 
 
 def test_the_papers_numbers():
