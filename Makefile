@@ -50,7 +50,7 @@ bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, ni
 	$(BIN)/python -m tests.bench paper_scale
 
 readme: install  ## the README's results table from reports/
-	$(BIN)/python -m advkip.records README.md $$(git ls-files "reports/*/results.json")
+	$(BIN)/python -m advkip.tables README.md $$(git ls-files "reports/*/results.json")
 
 notebooks: install  ## notebooks/*.ipynb from notebooks/*.py (cells that stay keep their ids)
 	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --update --to ipynb $$n; done

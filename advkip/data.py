@@ -17,11 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from advkip import inputs
-from advkip.config import ATTACK_PARTS, UNTARGETED_PARTS
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-TARGETED = ("autoattack", *(part for part in ATTACK_PARTS if part not in UNTARGETED_PARTS))
-"""Attacks with losses towards each of three other classes or more."""
 
 CACHE = Path("~/.cache/advkip")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -143,46 +140,6 @@ def is_here(name, folder=""):
     folder = folder or os.environ.get("ADVKIP_DATA", "")
     there = bool(folder) and (Path(folder).expanduser() / f"{name}.npz").exists()
     return there or name not in TORCHVISION
-
-
-def check(experiment):
-    """Raises ValueError or OSError unless an experiment's data are there and fit its settings.
-
-    What would be downloaded is not looked at.
-    """
-    e = experiment
-    if e.distilled_set and not Path(e.distilled_set).expanduser().is_file():
-        raise ValueError(
-            f"expected distilled_set to be a .npz file, got {e.distilled_set}, which is not there; "
-            "pass another path, or leave it empty for the set of notebook 01"
-        )
-    if e.robust_features and not Path(e.robust_features).expanduser().exists():
-        raise ValueError(
-            f"expected robust_features to be a folder or a .npz, got {e.robust_features}, which is "
-            "not there; pass another path, or leave it empty to make the set"
-        )
-    if not is_here(e.dataset, e.data_dir):
-        return
-    found = load(e.dataset, e.data_dir)
-    # The draws look at labels alone, so images of no size will do.
-    small = (np.zeros((len(y), 1, 1, 1), "float32") for y in (found.y_train, found.y_test))
-    x_train, x_test = small
-    splits = split(found._replace(x_train=x_train, x_test=x_test), e)
-    draw_original(splits, e.n_original, seed=e.seed)
-    shape = found.x_test.shape[1:]
-    inputs.check_radius(e.norm, e.epsilon, shape)
-    if any(name.endswith("-l2") for name in e.net_attacks):
-        inputs.check_radius("l2", e.epsilon_l2, shape)
-    targeted = [a for a in e.net_attacks if a.removesuffix("-l2") in TARGETED]
-    networks = {"02_transfer", "03_cnns", "04_shortcomings"} & set(e.notebooks)
-    if targeted and networks and found.n_classes < 4:
-        raise ValueError(
-            f"expected net_attacks for {found.n_classes} classes, got {targeted}, whose targeted "
-            "losses need 4; pass 'apgd-ce' and 'square'"
-        )
-    if e.distilled_set:
-        chosen = training_set(e.distilled_set, n_classes=found.n_classes)[1]
-        check_fits(e.distilled_set, chosen, shape, found.n_classes)
 
 
 def check_fits(path, chosen, shape, n_classes):

@@ -22,7 +22,7 @@ import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from advkip import data, files, records
+from advkip import files, preflight, records, tables
 from advkip.config import Experiment, field_names, ignored_settings
 
 
@@ -54,8 +54,10 @@ def main(arguments=None):
     failed = {}
     for i, experiment in enumerate(experiments):
         try:
-            with _stopping_kernels():
-                run(experiment, options.reports, force=options.force)
+            with _stopping_kernels() as on_cell_start:
+                run(
+                    experiment, options.reports, force=options.force, on_cell_start=on_cell_start
+                )  # fmt: skip
         except (NotebookError, ValueError, OSError) as error:
             own = isinstance(error, NotebookError)
             print(f"error: {error if own else f'{experiment.name}: {error}'}", file=sys.stderr)
@@ -83,26 +85,30 @@ def main(arguments=None):
 def _stopping_kernels():
     """SIGINT, and SIGTERM as a cluster sends it, interrupt the kernel's cell, which then saves.
 
-    A second one ends at once.
+    One that comes while no cell runs ends before the next. A second one ends at once. Yields what
+    is to be called before each cell.
     """
-    sent = []
+    sent, started = [], []
 
     def stop(number, frame):
-        kernels = [
-            child
-            for child in psutil.Process().children()
-            if any("ipykernel" in part for part in child.cmdline())
-        ]
         sent.append(number)
+        children = psutil.Process().children()
+        kernels = [one for one in children if any("ipykernel" in part for part in one.cmdline())]
         if len(sent) > 1 or not kernels:
             raise KeyboardInterrupt(number)
         print("stopping: the cell saves its state (once more ends at once)", file=sys.stderr)
-        for kernel in kernels:
+        for kernel in kernels if started else ():
             kernel.send_signal(signal.SIGINT)
+
+    def on_cell_start(**_):
+        if sent:
+            raise KeyboardInterrupt
+        started.append(True)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield on_cell_start
+        on_cell_start()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*sent[:1]) from None
     finally:
@@ -155,7 +161,7 @@ def check_files(files, overrides=()):
                     "pass for example '01_kernels', and run from the project's folder"
                 )
         try:
-            data.check(experiment)
+            preflight.check(experiment)
         except (ValueError, OSError) as error:
             raise type(error)(f"{file}: {error}") from None
         names[experiment.name] = file
@@ -168,8 +174,10 @@ def source(notebook):
     return Path("notebooks") / f"{notebook}.ipynb"
 
 
-def run(experiment, reports="reports", *, force=False):
+def run(experiment, reports="reports", *, force=False, on_cell_start=None):
     """Executes an experiment's notebooks into `<reports>/<name>/`.
+
+    `on_cell_start(cell, cell_index)`, of keywords, is called before each cell.
 
     Raises:
       NotebookError: a cell failed (the notebook so far is kept as *.failed.ipynb), or the
@@ -179,17 +187,20 @@ def run(experiment, reports="reports", *, force=False):
     """
     folder = Path(reports) / experiment.name
     with files.taken(folder):
-        _run(experiment, folder, force)
+        _run(experiment, folder, force, on_cell_start)
 
 
-def _run(experiment, folder, force):
-    _check_folder(folder, experiment, force)
+def _run(experiment, folder, force, on_cell_start):
     if force:
         _start_over(folder, experiment)
+    records.check_folder(
+        folder, experiment, "--set name=... for a folder of its own, or --force to replace it"
+    )
     if os.environ.get("ADVKIP_DATA"):
         os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
     # It warns of settings that a notebook's parameters cell does not list; all are checked here.
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    digests = preflight.digests(experiment)
     for notebook in experiment.notebooks:
         executed = folder / f"{notebook}.ipynb"
         running = folder / f"{notebook}.{os.getpid()}.running.ipynb"
@@ -197,7 +208,7 @@ def _run(experiment, folder, force):
         for left_over in folder.glob(f"{notebook}.*running.ipynb"):  # of a run that was cut off
             left_over.unlink()
         parameters = parameters_for(notebook, experiment, folder)
-        if not force and _finished(executed, notebook, parameters):
+        if not force and _finished(executed, notebook, parameters, digests):
             renewed = _renew_prose(executed, notebook)
             note = "" if renewed else ", with code that has changed since"
             print(f"{executed}: finished{note}, skipped (--force runs it again)")
@@ -211,6 +222,7 @@ def _run(experiment, folder, force):
                 kernel_name="python3",
                 stdout_file=sys.stdout, stderr_file=sys.stderr,
                 progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                on_cell_start=on_cell_start,
             )  # fmt: skip
         except PapermillExecutionError as error:
             if error.ename == "KeyboardInterrupt":  # its cell has saved what it had
@@ -226,7 +238,7 @@ def _run(experiment, folder, force):
                 f"{executed}: the kernel died ({error}), often for want of memory; pass a smaller "
                 "n_support or n_target, or run it again to continue from the last checkpoint"
             ) from None
-        _tidy(running, differs)
+        _tidy(running, source_differs_from_commit=differs, data=digests)
         running.replace(executed)
         failed.unlink(missing_ok=True)
 
@@ -276,29 +288,14 @@ def _from_notebooks(path):
     return (path if path.is_absolute() else Path("..") / path).as_posix()
 
 
-def _check_folder(folder, experiment, force):
-    path = folder / "results.json"
-    if path.exists() and not force:
-        old = records.read(path)["experiment"]
-        # A run may go on with more steps.
-        steps = {k: old[k] for k in ("n_steps", "kip_steps") if old[k] < getattr(experiment, k)}
-        # Networks are trained anew when their settings change; nothing else depends on these.
-        if not experiment.replace(**steps).same_results(old, "01_kernels"):
-            new = experiment.to_dict()
-            changed = sorted(
-                k for k in set(new) - set(ignored_settings("01_kernels")) if old.get(k) != new[k]
-            )
-            raise ValueError(
-                f"expected {path} to be of the same settings, got other {changed}; pass "
-                "--set name=... for a folder of its own, or --force to replace it"
-            )
-
-
-def _finished(executed, notebook, parameters):
-    """Whether `executed` was run with these parameters, as far as its results depend on them."""
+def _finished(executed, notebook, parameters, digests):
+    """Whether `executed` was run with these parameters and data, as far as it depends on them."""
     if not executed.exists():
         return False
-    old = nbformat.read(executed, 4).metadata.get("papermill", {}).get("parameters", {})
+    metadata = nbformat.read(executed, 4).metadata
+    if not preflight.same_data(metadata.get("advkip", {}).get("data", {}), digests, notebook):
+        return False
+    old = metadata.get("papermill", {}).get("parameters", {})
 
     def settings(given):
         return {k: v for k, v in given.items() if k in field_names()}
@@ -339,13 +336,13 @@ def _differs(notebook):
     return subprocess.run(command, capture_output=True).returncode == 1
 
 
-def _tidy(path, differs):
+def _tidy(path, **notes):
     """Drops what changes from run to run without saying anything: progress bars, cell clocks.
 
-    Notes in the metadata whether the source differs from what is committed.
+    `notes` go into the metadata.
     """
     notebook = nbformat.read(path, 4)
-    notebook.metadata["advkip"] = {"source_differs_from_commit": differs}
+    notebook.metadata["advkip"] = notes
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
@@ -360,7 +357,7 @@ def show(experiments, reports):
     found = [records.read(path) for path in paths if path.exists()]
     if found:
         print("\nTest accuracy (%), the worst case of each image\n")
-        print(records.table(found))
+        print(tables.accuracy(found))
     print("\nExecuted notebooks, figures (PNG) and results.json:")
     for experiment in experiments:
         print(f"  {Path(reports) / experiment.name}/")

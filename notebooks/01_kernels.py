@@ -60,7 +60,7 @@ output: str = "../reports/scratch"  # where checkpoints, figures and results.jso
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, krr, records
+from advkip import attacks, data, distill, evaluate, figures, kernels, krr, records, tables
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals())
@@ -186,7 +186,7 @@ recorder.write()
 # support images and the kernel differ from row to row.
 
 # %%
-display(Markdown(records.table([recorder.own()], tables=("1", "2", "9"), models="kernel:.*")))
+display(Markdown(tables.accuracy([recorder.own()], tables=("1", "2", "9"), models="kernel:.*")))
 
 # %% [markdown]
 # What PGD does to test images that the most robust of the machines above classifies correctly:

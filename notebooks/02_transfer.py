@@ -58,7 +58,7 @@ import re
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, records, training
+from advkip import attacks, data, distill, evaluate, figures, kernels, records, tables, training
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals())
@@ -167,7 +167,7 @@ for chosen, made in ((key, one) for key, one in sets.items() if one.kernel):
 recorder.write()
 
 # %%
-display(Markdown(records.table([recorder.own()], tables=("3", "4"))))
+display(Markdown(tables.accuracy([recorder.own()], tables=("3", "4"))))
 
 # %% [markdown]
 # ## Checks

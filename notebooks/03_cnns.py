@@ -55,7 +55,7 @@ output: str = "../reports/scratch"  # where checkpoints, figures and results.jso
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, records, training
+from advkip import attacks, data, distill, evaluate, figures, kernels, records, tables, training
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals())
@@ -159,7 +159,7 @@ for (net, chosen, how), found in searches.items():
 recorder.write()
 
 # %%
-display(Markdown(records.table([recorder.own()], tables=("5", "6", "7"))))
+display(Markdown(tables.accuracy([recorder.own()], tables=("5", "6", "7"))))
 
 # %% [markdown]
 # ## What an attack does to the images

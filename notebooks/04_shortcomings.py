@@ -74,6 +74,7 @@ from advkip import (
     figures,
     kernels,
     records,
+    tables,
     torch_attacks,
     training,
     verdict,
@@ -287,7 +288,7 @@ for key, model in models.items():
 # More images, and AutoAttack as it is usually run. The verdict is that of the first seed's network.
 
 # %%
-display(Markdown(records.table([recorder.own()], tables=("8", "10"))))
+display(Markdown(tables.accuracy([recorder.own()], tables=("8", "10"))))
 
 # %% [markdown]
 # ## Why: one figure and one table
@@ -309,9 +310,7 @@ claimed = {
 }
 if claimed:
     display(figures.save(figures.evidence(claimed), output, "evidence"))
-display(
-    Markdown(records.checks_table({titles[key]: one.to_dict() for key, one in diagnoses.items()}))
-)
+display(Markdown(tables.checks({titles[key]: one.to_dict() for key, one in diagnoses.items()})))
 
 # %% [markdown]
 # ## How far rounding explains it

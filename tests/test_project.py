@@ -22,7 +22,7 @@ from advkip import (
     features,
     kernels,
     krr,
-    records,
+    tables,
     training,
 )
 from advkip.config import Experiment, field_names
@@ -37,7 +37,7 @@ IMPORTS = {
     "values": set(),
     "config": {"values"},
     "compat": set(),
-    "data": {"config", "inputs"},
+    "data": {"inputs"},
     "devices": set(),
     "inputs": set(),
     "files": set(),
@@ -70,8 +70,10 @@ IMPORTS = {
     },
     "features": {"data", "files", "nets"},
     "figures": set(),
-    "records": {"config", "files"},
-    "run": {"config", "data", "files", "records"},
+    "preflight": {"config", "data", "files", "inputs"},
+    "records": {"config", "files", "preflight"},
+    "tables": {"config", "records"},
+    "run": {"config", "files", "preflight", "records", "tables"},
 }
 
 
@@ -224,10 +226,10 @@ def test_there_is_a_file_for_every_row_of_the_papers_tables():
                 made = f"adv-kip {e.kernel}"
                 found |= {(e.dataset, net, e.n_support, made) for net in names}
                 if notebook == "03_cnns" and e.at_epochs:
-                    found |= {(e.dataset, net, 0, records.ADVERSARIAL) for net in names}
+                    found |= {(e.dataset, net, 0, tables.ADVERSARIAL) for net in names}
         if "04_shortcomings" in e.notebooks and "robust-features" in e.diagnosed_sets:
             found |= {(e.dataset, net, nearest[50_000], "robust-features") for net in e.cnns}
-    rows = {(*row[1:3], nearest.get(row[3], row[3]), row[4]) for row in records.PAPER}
+    rows = {(*row[1:3], nearest.get(row[3], row[3]), row[4]) for row in tables.PAPER}
     assert rows <= found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from advkip import records, verdict
+from advkip import preflight, records, tables, verdict
 from advkip.config import Experiment
 from advkip.evaluate import Outcome
 
@@ -31,7 +31,7 @@ def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
 def test_layout(tmp_path):
     record = write(tmp_path)
     assert records.read(tmp_path / "results.json") == record
-    assert set(record) == {"experiment", "environment", "rows"}
+    assert set(record) == {"experiment", "data", "environment", "rows"}
     assert record["experiment"]["n_support"] == 5000
     assert set(record["environment"]) >= {"versions", "commit", "device", "seconds"}
     assert record["environment"]["versions"]["jax"]
@@ -48,12 +48,42 @@ def test_notebooks_share_a_file(tmp_path):
     assert len(again["rows"]) == 4
     assert [r["accuracy"] for r in again["rows"] if r["notebook"] == "01_kernels"] == [0.9, 0.5]
     assert set(again["environment"]["seconds"]) == {"01_kernels", "02_transfer"}
-    other = write(tmp_path, notebook="02_transfer", seed=1)  # other settings: nothing is mixed
-    assert len(other["rows"]) == 2
+
+
+def test_a_folder_holds_results_of_one_experiment(tmp_path):
+    """As the runner has it, so has a notebook that is run by hand."""
+    before = write(tmp_path, epsilon=0.3)
+    with pytest.raises(
+        ValueError, match=r"results.json to be of the same settings, got other .'eps"
+    ):
+        write(tmp_path, epsilon=0.2)
+    assert records.read(tmp_path / "results.json") == before
+    write(tmp_path, epsilon=0.3, n_steps=Experiment().n_steps + 1)  # it goes on
+    with pytest.raises(ValueError, match="got other .'n_steps', 'seed'.; pass output = '"):
+        write(tmp_path, notebook="02_transfer", epsilon=0.3, seed=1)
+
+
+def test_rows_of_other_data_go(tmp_path, monkeypatch):
+    def of_data(**digests):
+        monkeypatch.setattr(preflight, "digests", lambda experiment: digests)
+
+    def found(notebook):
+        record = write(tmp_path, notebook=notebook)
+        return {row["notebook"] for row in record["rows"]}, record["data"]
+
+    of_data(dataset="1", distilled_set="a")
+    assert found("02_transfer") == ({"02_transfer"}, {"dataset": "1", "distilled_set": "a"})
+    of_data(dataset="1")  # 01 does not read the other
+    both = {"01_kernels", "02_transfer"}
+    assert found("01_kernels") == (both, {"dataset": "1", "distilled_set": "a"})
+    of_data(dataset="1", distilled_set="b")
+    assert found("03_cnns")[0] == {"01_kernels", "03_cnns"}
+    of_data(dataset="2", distilled_set="b")
+    assert found("01_kernels") == ({"01_kernels"}, {"dataset": "2", "distilled_set": "b"})
 
 
 def test_table_sets_the_paper_beside_ours(tmp_path):
-    text = records.table([write(tmp_path)], tables=("1", "9"))
+    text = tables.accuracy([write(tmp_path)], tables=("1", "9"))
     lines = text.splitlines()
     assert lines[0] == "| mnist | model | images | trained on | tested on | clean | fgsm | pgd10 |"
     assert lines[2] == "| ours | kernel:fc3 | 5,000 | adv-kip | 100 | 90.00 |  | 40.00 |"
@@ -66,14 +96,14 @@ def test_table_sets_the_paper_beside_ours(tmp_path):
 
 def test_seeds_become_mean_and_std(tmp_path):
     found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
-    assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in records.table(found, tables=())
+    assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in tables.accuracy(found, tables=())
 
 
 def test_only_seeds_are_averaged(tmp_path):
     """Another radius is another line, and one seed counts once."""
     other = write(tmp_path / "b", accuracy=0.1, epsilon=0.1)
     same = write(tmp_path / "c", accuracy=0.3)
-    text = records.table([write(tmp_path / "a", accuracy=0.3), other, same], tables=())
+    text = tables.accuracy([write(tmp_path / "a", accuracy=0.3), other, same], tables=())
     assert text.count("ours") == 2
     assert "| 90.00 | 30.00 |" in text
     assert "| 90.00 | 10.00 |" in text
@@ -92,7 +122,7 @@ def test_networks_in_the_table(tmp_path):
     recorder.add(outcomes[:1], **settings | {"model": "alexnet"}, trained_on="a", training="plain")
     recorder.add(outcomes[:1], model="kernel:fc3", trained_on="adv-kip", training="kernel")
     recorder.add(outcomes[:1], **{**distilled, "training": "adversarial"}, seed=0)
-    lines = records.table([recorder.write()], tables=("7", "10")).splitlines()
+    lines = tables.accuracy([recorder.write()], tables=("7", "10")).splitlines()
     attacks = "clean | fgsm | pgd20 | autoattack | pgd20-l2 |"
     assert lines[0] == f"| cifar10 | model | images | trained on | tested on | {attacks}"
     ours = "| ours | simple-cnn | 800 |"
@@ -112,7 +142,7 @@ def test_networks_in_the_table(tmp_path):
     assert f"{paper} 23.85 | 46.67 |" in lines
     paper = "| paper, Table 10 | alexnet | 50,000 | adv-kip fc3 |  |  |  |  | 0.89 ± 1.41 |"
     assert f"{paper} 50.07 ± 1.42 |" in lines
-    only = records.table([records.read(tmp_path / "results.json")], models="kernel:.*")
+    only = tables.accuracy([records.read(tmp_path / "results.json")], models="kernel:.*")
     assert "simple-cnn" not in only
     assert "kernel:fc2" in only
 
@@ -128,7 +158,6 @@ def test_a_change_of_network_settings_drops_their_rows_alone(tmp_path):
     again = write(tmp_path, notebook="01_kernels")
     assert len(again["rows"]) == 4
     assert again["experiment"]["net_epochs"] == 8
-    assert len(write(tmp_path, notebook="01_kernels", epsilon=0.1)["rows"]) == 2
 
 
 class Found:
@@ -162,7 +191,7 @@ def test_verdicts_stand_beside_their_accuracies(tmp_path):
     record = recorder.write()
     assert [d["verdict"] for d in record["diagnoses"]] == ["masked", "genuine", "masked"]
     assert record["diagnoses"][0]["notebook"] == "04_shortcomings"
-    lines = records.table([record], tables=()).splitlines()
+    lines = tables.accuracy([record], tables=()).splitlines()
     assert lines[0].endswith("| clean | pgd10 | verdict |")
     ours = "| ours | fc3-1024 | 700 |"
     assert f"{ours} original | 100 | 90.00 | 60.00 | masked |" in lines
@@ -197,7 +226,7 @@ def test_learning_rates_that_notebooks_before_chose(tmp_path):
 def test_the_table_of_checks():
     found = {"a": Found("masked").to_dict(), "b": Found("genuine", None).to_dict()}
     found["b"]["checks"] = found["b"]["checks"][1:]
-    lines = records.checks_table(found).splitlines()
+    lines = tables.checks(found).splitlines()
     assert lines[0] == "|  | a | b |"
     assert "| **verdict** | **masked** | **nothing claimed** |" in lines
     assert "| noise (at most 15%) | **20%** | - |" in lines
@@ -209,7 +238,7 @@ def test_the_table_of_checks():
     )
     assert "| images read right whose gradient float32 rounds to 0 | 0% | 0% |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
-    parts = records.checks_table({str(i): found["a"] for i in range(8)}, columns=3).split("\n\n")
+    parts = tables.checks({str(i): found["a"] for i in range(8)}, columns=3).split("\n\n")
     assert [part.splitlines()[0] for part in parts] == [
         "|  | 0 | 1 | 2 |", "|  | 3 | 4 | 5 |", "|  | 6 | 7 |",
     ]  # fmt: skip
@@ -217,19 +246,19 @@ def test_the_table_of_checks():
 
 def test_the_papers_numbers():
     """Every row of the paper's Tables 1 to 10."""
-    numbers = [row[0] for row in records.PAPER]
+    numbers = [row[0] for row in tables.PAPER]
     counts = {"1": 2, "2": 2, "3": 3, "4": 2, "5": 4, "6": 3, "7": 3, "8": 3, "9": 5, "10": 3}
     assert {number: numbers.count(number) for number in numbers} == counts
-    cells = {row[:5]: row[5] for row in records.PAPER}
+    cells = {row[:5]: row[5] for row in tables.PAPER}
     assert cells["1", "mnist", "kernel:fc7", 30000, "adv-kip"]["pgd10"] == 50.34
     assert cells["2", "cifar10", "kernel:fc3", 40000, "adv-kip"] == {
         "clean": 59.95, "fgsm": 21.67, "pgd6": 21.56,
     }  # fmt: skip
     assert cells["3", "mnist", "fc5-1024", 30000, "adv-kip fc5"]["fgsm"] == 64.83
     assert cells["4", "cifar10", "fc3-1024", 40000, "adv-kip fc3"]["pgd20"] == 39.15
-    assert cells["5", "mnist", "simple-cnn", 0, records.ADVERSARIAL]["autoattack"] == 88.77
+    assert cells["5", "mnist", "simple-cnn", 0, tables.ADVERSARIAL]["autoattack"] == 88.77
     assert cells["6", "cifar10", "vgg11", 50000, "adv-kip fc3"]["pgd20"] == (53.18, 10.32)
-    assert cells["7", "cifar10", "alexnet", 0, records.ADVERSARIAL]["pgd20-l2"] == 16.68
+    assert cells["7", "cifar10", "alexnet", 0, tables.ADVERSARIAL]["pgd20-l2"] == 16.68
     assert cells["9", "cifar10", "kernel:fc3", 10000, "kip"]["clean"] == (54.04, 0.41)
     assert cells["10", "cifar10", "alexnet", 50000, "adv-kip fc3"]["autoattack"] == (0.89, 1.41)
 
@@ -276,13 +305,13 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
             name = verdict.judge(*counts, found["n"], checks, constant=constant)[0]
             assert name == found["verdict"]
     readme = ROOT / "README.md"
-    assert records.update_readme(readme, paths) == readme.read_text()
+    assert tables.update_readme(readme, paths) == readme.read_text()
 
 
 def test_readme_without_marks(tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="add them"):
-        records.update_readme(tmp_path / "README.md", [])
+        tables.update_readme(tmp_path / "README.md", [])
 
 
 def test_a_verdict_without_figures_is_no_line(tmp_path):
@@ -292,7 +321,7 @@ def test_a_verdict_without_figures_is_no_line(tmp_path):
              "n_test": 100, "seed": 0, "verdict": "masked", "kept": [0, 0, 0.1]}  # fmt: skip
     record["diagnoses"] = [found, found | {"model": "kernel:fc3", "trained_on": "adv-kip",
                                            "training": "kernel"}]  # fmt: skip
-    text = records.table([record], tables=())
+    text = tables.accuracy([record], tables=())
     assert "simple-cnn" not in text
     assert text.count("ours") == 1
     assert "| 90.00 | 40.00 | masked |" in text
@@ -305,7 +334,7 @@ def test_a_table_of_a_run_shows_that_run_alone(tmp_path):
     recorder.add([outcome("clean", 0.7)], model="kernel:fc3", trained_on="kip", training="kernel")
     recorder.write()
     assert {row["notebook"] for row in recorder.own()["rows"]} == {"01_kernels"}
-    assert records.table([recorder.own()], tables=()).count("ours") == 1
+    assert tables.accuracy([recorder.own()], tables=()).count("ours") == 1
 
 
 def test_the_verdict_before_there_was_a_fourth(tmp_path):
@@ -332,6 +361,6 @@ def test_what_a_record_lacks_is_named(tmp_path):
         path.write_text(json.dumps(record | {"diagnoses": [found]}))
         with pytest.raises(ValueError, match=f"expected the key '{key}' in each of the diagnoses"):
             records.read(path)
-    found = subprocess.run([sys.executable, "-m", "advkip.records"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", "advkip.tables"], capture_output=True, text=True)
     assert found.returncode == 1
-    assert found.stderr.startswith("usage: python -m advkip.records")
+    assert found.stderr.startswith("usage: python -m advkip.tables")

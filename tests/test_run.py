@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 
 from advkip import files, run
@@ -62,6 +63,34 @@ def test_executes_skips_and_runs_again(project, capfd):
     assert run.main([path, "--set", "seed=8", "--force"]) == 0
     assert not checkpoint.exists()
     assert "finished, skipped" not in capfd.readouterr().out
+
+
+def test_a_notebook_of_other_data_is_run_again(project, capfd):
+    def save(name, **changes):
+        rng = np.random.default_rng(0)
+        parts = {f"x_{part}": rng.uniform(0, 1, (60, 6, 6)) for part in ("train", "test")}
+        labels = {f"y_{part}": np.arange(60) % 10 for part in ("train", "test")}
+        np.savez(project / name, **(parts | labels | changes))
+
+    def ran():
+        assert run.main([path]) == 0
+        return "finished, skipped" not in capfd.readouterr().out
+
+    save("mine.npz")
+    sizes = {"n_support": 10, "n_target": 10, "n_validation": 10}
+    path = params(project, dataset="mine", data_dir=".", **sizes)
+    assert ran()
+    assert not ran()
+    time.sleep(2.1)  # a zip file keeps the time in steps of two seconds
+    save("mine.npz")
+    assert not ran()
+    save("mine.npz", x_test=np.zeros((60, 6, 6)))
+    assert ran()
+    assert not ran()
+    (project / "elsewhere").mkdir()
+    (project / "mine.npz").rename(project / "elsewhere" / "mine.npz")
+    path = params(project, dataset="mine", data_dir="elsewhere", **sizes)
+    assert not ran()
 
 
 def test_new_prose_reaches_finished_notebooks_and_new_code_does_not(project, capfd):
@@ -272,6 +301,33 @@ def test_a_signal_lets_the_cell_save(project, slow, number, status):
     assert "the same command continues from the last checkpoint" in error
     assert not {"Traceback", "ZMQ", "encryption"} & set((out + error).replace(":", " ").split())
     assert not list((project / "reports/x").glob("*.ipynb"))
+
+
+def test_a_signal_that_comes_before_the_kernel_is_ready_is_not_lost(project, slow):
+    """It comes as soon as the kernel's process is there."""
+    process = start(project, slow)
+    while not psutil.Process(process.pid).children():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command continues from the last checkpoint" in error
+    assert not (project / "reports/x/began").exists()
+
+
+def test_a_signal_that_a_cell_swallows_ends_before_the_next(project, slow):
+    notebook = project / "notebooks" / "good.ipynb"
+    content = nbformat.read(notebook, 4)
+    content.cells[1].source = content.cells[1].source.replace("    raise", "")
+    content.cells.append(nbformat.v4.new_code_cell("(folder / 'next').touch()"))
+    nbformat.write(content, notebook)
+    process = start(project, slow)
+    wait_for(project / "reports/x/began")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert (project / "reports/x/saved").exists()
+    assert not (project / "reports/x/next").exists()
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(project, slow):
