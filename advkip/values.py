@@ -1,6 +1,7 @@
 """Typed values of settings, and YAML that hides no mistake."""
 
 import re
+from contextlib import contextmanager
 
 import yaml
 
@@ -61,3 +62,17 @@ class Loader(yaml.SafeLoader):
         if twice:
             raise ValueError(f"expected each key once, got {twice} twice; pass one value for each")
         return super().construct_mapping(node, deep)
+
+
+@contextmanager
+def named(**names):
+    """Lets the ValueErrors of the block speak of a setting by the name it has there.
+
+    Args:
+      names: setting="the caller's name for it".
+    """
+    try:
+        yield
+    except ValueError as error:
+        setting = rf"\b({'|'.join(names)})\b"
+        raise ValueError(re.sub(setting, lambda m: names[m[1]], str(error))) from None

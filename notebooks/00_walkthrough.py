@@ -39,7 +39,7 @@ output: str = "../reports/scratch"  # where the figures go
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, krr
+from advkip import attacks, data, distill, evaluate, figures, kernels, krr, values
 from advkip.config import Experiment
 
 # %% [markdown]
@@ -49,12 +49,13 @@ from advkip.config import Experiment
 # same number of each class, and keep others for validation and for the final test.
 
 # %%
-experiment = Experiment(
-    dataset="digits", kernel="fc3", seed=root_seed, n_support=n_images, n_target=200,
-    epsilon=radius, step_size=radius / 4, n_steps=outer_steps, n_validation=200,
-)  # fmt: skip
-digits = data.load(experiment.dataset)
-splits = data.split(digits, experiment)
+digits = data.load("digits")
+with values.named(n_support="n_images", epsilon="radius", n_steps="outer_steps", seed="root_seed"):
+    experiment = Experiment(
+        dataset="digits", kernel="fc3", seed=root_seed, n_support=n_images, n_target=200,
+        epsilon=radius, step_size=radius / 4, n_steps=outer_steps, n_validation=200,
+    )  # fmt: skip
+    splits = data.split(digits, experiment)
 {key: value.shape for key, value in splits._asdict().items() if key.startswith("x_")}
 
 # %% [markdown]

@@ -6,7 +6,7 @@ import optax
 import pytest
 import yaml
 
-from advkip import attacks, config
+from advkip import attacks, config, values
 from advkip.config import Experiment
 
 
@@ -202,3 +202,16 @@ def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, text):
     file.write_text(text)
     with pytest.raises(ValueError, match="p.yaml: expected a decimal number, got"):
         Experiment.from_file(file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_steps": 0}, "expected outer_steps >= 1, got 0"),
+        ({"epsilon": 0.1, "step_size": 0.3}, "step_size .* 2 radius"),
+    ],
+)
+def test_errors_speak_of_a_setting_by_the_callers_name(settings, message):
+    names = values.named(n_steps="outer_steps", epsilon="radius")
+    with pytest.raises(ValueError, match=message), names:
+        Experiment(**settings)

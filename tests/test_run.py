@@ -187,6 +187,25 @@ def test_the_end_shows_the_table_and_where_to_look(project, capfd):
     assert "reports/x/" in out.splitlines()[-1]
 
 
+def test_a_terminal_that_is_not_utf8(project):
+    """The table has signs that ASCII has not."""
+    path = params(project, dataset="mnist", n_support=5000)
+    experiment = run.Experiment.from_file(path)
+    record = {"experiment": experiment.to_dict(), "environment": {}, "rows": []}
+    row = dict.fromkeys(("notebook", "model", "trained_on", "training", "attack", "norm"), "clean")
+    row |= {"epsilon": 0.3, "accuracy": 0.5, "n_test": 8, "seed": 0}
+    record["rows"] = [row]
+    folder = project / "reports" / "x"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(record))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    command = [sys.executable, "-m", "advkip.run", path]
+    environment["PYTHONPATH"] = str(Path(run.__file__).parents[1])
+    found = subprocess.run(command, cwd=project, env=environment, capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert b"0.03 |" in found.stdout  # 97.51 +- 0.03
+
+
 def test_everything_is_checked_before_anything_runs(project, capfd):
     first = params(project)
     for settings, message in (

@@ -1,0 +1,55 @@
+"""What the README tells a reader to type runs as it stands, on less data."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from advkip import data, distill, nets, run
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"python -m advkip\.run (.+)$", README, re.M)
+
+
+@pytest.fixture
+def here():
+    """Names that the snippets take for granted: a network and test images."""
+    d = data.load("digits")
+    net = nets.build("fc1-32", shape=(8, 8, 1), n_classes=10, seed=0)
+    return {"net": net, "x_test": d.x_test[:30], "y_test": d.y_test[:30]}
+
+
+def test_they_are_found():
+    assert len(PYTHON) == 3
+    assert len(COMMANDS) >= 1
+
+
+def test_ones_own_kernel(here):
+    snippet = next(one for one in PYTHON if "stax_module" in one)
+    assert snippet.count("n_steps=20") == 1
+    exec(snippet.replace("n_steps=20", "n_steps=2, n_support=20, n_target=20"), here)
+    assert isinstance(here["result"], distill.Distilled)
+    assert here["result"].x_support.shape == (20, 8, 8, 1)
+
+
+def test_ones_own_network_under_attack(here, capsys):
+    exec(next(one for one in PYTHON if "evaluate.evaluate" in one), here)
+    attacks = ["clean", "fgsm", "pgd20", "pgd40x5", "autoattack"]
+    assert [outcome.attack for outcome in here["outcomes"]] == attacks
+    assert "'autoattack': " in capsys.readouterr().out
+
+
+def test_is_your_robustness_real(here, capsys):
+    exec(next(one for one in PYTHON if "diagnose.diagnose" in one), here)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] in ("genuine", "masked", "inconclusive", "nothing claimed")
+    assert len(said) > 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert run.main([*shlex.split(command), "--check"]) == 0
