@@ -18,7 +18,7 @@ class Around(torch.nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
-        self.eval()
+        self.training = False  # as the network is; exported ones refuse `eval`
 
 
 class WithoutGradient(Around):
@@ -69,13 +69,18 @@ def in_float64(net, x):
     return doubled
 
 
+GREY = (1, 2, 4)
+"""Steps, in 255ths, that pixels of 8 bits can take."""
+
+
 def false_gradient(net, x, y):
     """For which images the margin of the logits does not grow along its gradient as that says.
 
     A small step of length h along g must change it by about h |g|_2; it does not if a layer passes
     a gradient that is not its own, or jumps. (The margin, since a saturated cross-entropy changes
-    by less than its own rounding.) Images without a gradient are not false, and float64 is needed
-    to see anything.
+    by less than its own rounding.) Pixels that are rounded to 8 bits jump, and the gradient beside
+    that tells all that PGD needs: so one that holds for steps of GREY levels is not false.
+    Images without a gradient are not false, and float64 is needed to see anything.
 
     Args:
       net: images (n, C, H, W) to logits.
@@ -87,16 +92,25 @@ def false_gradient(net, x, y):
     _, gradient, logits = torch_attacks.input_gradient(net, x, y, loss="margin")
     norms = gradient.flatten(1).norm(dim=1)
     direction = gradient / norms.clamp_min(torch.finfo(x.dtype).tiny).view(-1, 1, 1, 1)
+
+    def along(step):
+        """(what the gradient says of a step to and fro, what the margin does)."""
+        # Inside the pixel range, which some networks check.
+        points = [(x + sign * step).clamp(0, 1) for sign in (1, -1)]
+        with torch.no_grad():
+            ahead, behind = (torch_attacks.margin(net(point), y) for point in points)
+        said = ((points[0] - points[1]) * gradient).flatten(1).sum(1) / 2
+        return said, (ahead - behind) / 2
+
     # Long enough for the margin to change in its digits, short enough for few ReLUs to switch.
     h = 1e-5
-    with torch.no_grad():
-        # Inside the pixel range, which some networks check.
-        points = [(x + sign * h * direction).clamp(0, 1) for sign in (1, -1)]
-        ahead, behind = (torch_attacks.margin(net(point), y) for point in points)
-    said = ((points[0] - points[1]) * gradient).flatten(1).sum(1) / 2
-    change = (ahead - behind) / 2
+    said, change = along(h * direction)
     seen = (h * norms > 1e-12 * logits.abs().amax(1)) & (said > 0.01 * h * norms)
-    return seen & ((change - said).abs() > 0.5 * said)
+    false = (change - said).abs() > 0.5 * said
+    if not false.any():
+        return false
+    grey = (along(levels / 255 * gradient.sign()) for levels in GREY)
+    return seen & false & torch.stack([(c - s).abs() > 0.5 * s for s, c in grey]).any(0)
 
 
 def noise(x, threat, generator, *, far):

@@ -185,11 +185,20 @@ def to_array(x):
 
 
 def check_evaluated(net):
-    """Raises ValueError unless the network and all its layers are in evaluation mode."""
-    if any(module.training for module in net.modules()):
+    """Raises ValueError unless the network and all its layers are in evaluation mode.
+
+    Exported ones (`torch.export`) have the mode that they were exported in, and frozen ones none.
+    """
+    if _is_training(net):
         raise ValueError(
             "expected a network in evaluation mode, got one in training mode; call net.eval()"
         )
+
+
+def _is_training(module):
+    if "train" in vars(module):  # where torch.export says that the mode is fixed
+        return False
+    return getattr(module, "training", False) or any(map(_is_training, module.children()))
 
 
 def deterministic():

@@ -159,6 +159,14 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
     blind = (BLINDNESS | ANSWERS) & set(failed)
     if constant:
         reasons.append("one constant answer to all images would withstand as much")
+    asked = {one.name for one in checks if one.passed is not None}
+    low_left, high_left = interval(n_left, n)
+    known = set(NEEDED) <= asked and not UNSEEN & set(failed) and not constant
+    if share < GENUINE and known and low_left > NOTHING:
+        reasons.append(
+            f"the claim, {n_claimed / n:.0%}, is too high; the model keeps {n_left / n:.0%} (95 % "
+            f"interval {low_left:.0%} to {high_left:.0%}) of all images"
+        )
     few = n_claimed < FEW
     proven = share < MASKED and high < GENUINE
     if not few and (proven or (blind and share < GENUINE and high < SHAKEN)):
@@ -170,7 +178,6 @@ def judge(n_left, n_claimed, n, checks, *, constant=False):
         else:
             why = f"gradients are there; {weak}"
         return "masked", [*reasons, why], (share, low, high)
-    asked = {one.name for one in checks if one.passed is not None}
     good = share >= GENUINE and low > MASKED and not failed and set(NEEDED) <= asked
     if good and not (few or constant):
         return "genuine", reasons, (share, low, high)

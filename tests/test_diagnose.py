@@ -349,6 +349,43 @@ def test_an_adversarially_trained_network_is_genuine(trained):
     assert all(check.passed for check in found.checks)
 
 
+def exported(net):
+    free = {0: torch.export.Dim("n")}
+    return torch.export.export(net, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=(free,)).module()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        exported,
+        lambda net: torch.jit.freeze(torch.jit.script(net)),
+        # Pixels rounded to 8 bits, with the gradient beside it.
+        lambda net: Masked(net, before=lambda x: x + ((255 * x).round() / 255 - x).detach()),
+    ],
+    ids=["exported", "frozen", "8 bits"],
+)
+def test_a_robust_network_in_another_form_is_genuine(trained, kind):
+    found = run(kind(trained["robust"]))
+    assert found.verdict == "genuine", found.reasons
+    assert found.strong == run(trained["robust"]).strong
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (lambda net: Masked(net, after=lambda z: 1000 * z), {}),
+        (lambda net: net, {"step_size": 0.01, "n_steps": 5}),  # stops a quarter of the way
+    ],
+    ids=["logits times 1,000", "short steps"],
+)
+def test_what_a_robust_network_keeps_is_said_where_its_claim_is_too_high(trained, kind, settings):
+    found, kept = run(kind(trained["robust"]), **settings), run(trained["robust"]).strong
+    assert found.claimed > kept / verdict.GENUINE
+    assert found.strong == pytest.approx(kept, abs=0.03)
+    (reason,) = (one for one in found.reasons if "is too high" in one)
+    assert f"the claim, {found.claimed:.0%}, is too high; the model keeps" in reason
+
+
 def test_a_little_noise_makes_no_robust_network_masked(trained):
     noisy = Masked(trained["robust"], lambda x: x + 0.002 * torch.randn_like(x))
     found = run(noisy, parts=("square",), n=50, n_steps=10)
