@@ -92,8 +92,7 @@ def _stopping_kernels():
 
     def stop(number, frame):
         sent.append(number)
-        children = psutil.Process().children()
-        kernels = [one for one in children if any("ipykernel" in part for part in one.cmdline())]
+        kernels = [one for one in psutil.Process().children() if _is_kernel(one)]
         if len(sent) > 1 or not kernels:
             raise KeyboardInterrupt(number)
         print("stopping: the cell saves its state (once more ends at once)", file=sys.stderr)
@@ -114,6 +113,13 @@ def _stopping_kernels():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _is_kernel(process):
+    try:
+        return any("ipykernel" in part for part in process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
 
 
 def _parser():

@@ -329,7 +329,7 @@ def test_a_signal_that_comes_before_the_kernel_is_ready_is_not_lost(project, slo
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 143, error
     assert "the same command continues from the last checkpoint" in error
     assert not (project / "reports/x/began").exists()
 
