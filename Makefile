@@ -43,8 +43,9 @@ test: install  ## ruff, pytest, and the notebooks on their small defaults
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
-bench: install  ## the engine against neural_tangents references
+bench: install  ## the engine against neural_tangents references; threads that sleep or spin
 	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench threads
 
 bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, nine minutes
 	$(BIN)/python -m tests.bench paper_scale

@@ -1,5 +1,7 @@
 """`make bench` and `make bench-paper`: the engine against references, within one run.
 
+(And threads that sleep against threads that spin: see `tests.threads`.)
+
 References, both with neural_tangents kernels and autodiff, in float32 on the same images:
 
 - plain: what the public notebooks do; the linear system is solved, and differentiated, at every
@@ -30,7 +32,7 @@ import numpy as np
 import optax
 
 from advkip import attacks, data, kernels, krr
-from tests import stax_networks
+from tests import stax_networks, threads
 
 DIAG_REG, DEPTH = 1e-6, 3
 # S, T, inner steps, epsilon, step size, data set
@@ -316,6 +318,8 @@ def standard():
 def main(name):
     if name == "bench":
         rows = standard()
+    elif name == "threads":
+        rows = threads.rows()
     else:
         found = alone(measure, "ours", PAPER, 1, False)
         rows = [row(PAPER, found, {"residual": found[3]})]
