@@ -1,6 +1,8 @@
 """Shared test settings. Double precision is switched on once, for the whole test process:
 arrays keep the precision they are made with, so float32 paths are tested with float32 inputs."""
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,7 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes, of one thread each
 
 import jax
 import numpy as np
+import psutil
 import pytest
+
+LIBC = ctypes.CDLL(None)
+RESIDENT = 1.7e9
+"""Bytes; imports alone take 1.0e9."""
 
 ROOT = Path(__file__).parents[1]
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
@@ -28,7 +35,23 @@ def double_precision():
 def forget_compiled_programs():
     """JAX keeps every program it has compiled, and no other module uses those of this one."""
     yield
+    give_memory_back()
+
+
+@pytest.fixture(autouse=True)
+def keep_small():
+    """Programs of a module's earlier tests go when there are many."""
+    yield
+    if psutil.Process().memory_info().rss > RESIDENT:
+        give_memory_back()
+
+
+def give_memory_back():
+    """What compiling has used and freed stays with the process until the allocator is asked."""
     jax.clear_caches()
+    gc.collect()
+    if hasattr(LIBC, "malloc_trim"):  # glibc
+        LIBC.malloc_trim(0)
 
 
 @pytest.fixture
