@@ -7,18 +7,20 @@ PARAMS ?= params/digits.yaml
 # PyTorch's threads sleep while they wait, instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install conda demo test lab run bench bench-paper readme notebooks clean
+.PHONY: help install conda demo test lab run bench bench-paper readme schema notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/installed  ## makes .venv with the pinned stack
 
-$(VENV)/installed: requirements.txt requirements-nodeps.txt pyproject.toml
+REQUIREMENTS := requirements.txt requirements-lab.txt requirements-test.txt
+
+$(VENV)/installed: $(REQUIREMENTS) requirements-nodeps.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "expected Python 3.11 or newer; pass make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS:%=-r %)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
@@ -36,11 +38,12 @@ run: install  ## make run PARAMS=params/x.yaml
 lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--no-browser
 	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ARGS) notebooks/00_walkthrough.ipynb
 
-test: install  ## ruff, pytest, and the notebooks on their small defaults
+test: install  ## ruff, mypy, pytest with coverage, and the notebooks on their small defaults
 	rm -rf reports/scratch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
 bench: install  ## the engine against neural_tangents references; threads that sleep or spin
@@ -50,11 +53,14 @@ bench: install  ## the engine against neural_tangents references; threads that s
 bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, nine minutes
 	$(BIN)/python -m tests.bench paper_scale
 
-readme: install  ## the README's results table from reports/
-	$(BIN)/python -m advkip.tables README.md $$(git ls-files "reports/*/results.json")
+readme: install  ## the tables of README.md and reports/README.md from the records
+	$(BIN)/python -m advkip.tables README.md reports/README.md $$(git ls-files "reports/*/results.json")
+
+schema: install  ## params/schema.json from the settings, for editors
+	$(BIN)/python -m advkip.config > params/schema.json
 
 notebooks: install  ## notebooks/*.ipynb from notebooks/*.py (cells that stay keep their ids)
 	for n in notebooks/*.py; do $(BIN)/jupytext --quiet --update --to ipynb $$n; done
 
 clean:  ## removes .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache *.egg-info

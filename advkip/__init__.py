@@ -1,8 +1,9 @@
 """advkip: can a model be robust because of its training data alone?
 
-The package behind the notebooks. Read it in this order: `config` (an experiment), `data`,
-`kernels` and `krr` (kernel regression with infinite-width kernels), `attacks`, `distill`
-(Algorithm 1), `evaluate`, `records` and `figures`, `run` (params files to reports).
+The package behind the notebooks. Read it in this order: `settings`, `config` (an experiment),
+`data`, `kernel`, `kernels` and `krr` (kernel regression with infinite-width kernels), `attacks`,
+`distill` (Algorithm 1), `sets`, `evaluate`, `diagnose`, `records`, `run` (params files to
+reports).
 """
 
 import os
@@ -10,5 +11,8 @@ import os
 # Read when PyTorch is loaded. Its OpenMP threads otherwise spin while they wait for each other, and
 # beside any other busy process everything takes many times as long (README, "Speed").
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Read when JAX first uses a GPU, of which it otherwise takes three quarters; PyTorch needs some.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 __version__ = "0.1.0"

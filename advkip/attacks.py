@@ -42,7 +42,7 @@ class Threat:
             raise ValueError(f"expected low < high, got {self.low}, {self.high}; pass 0 and 1")
 
 
-def project(x, x_original, threat):
+def project(x, x_original, threat) -> jax.Array:
     """Nearest point of the ball around `x_original`, then of the pixel range.
 
     Both sets hold x_original, so clipping to the range never leaves the ball.
@@ -62,7 +62,7 @@ def project(x, x_original, threat):
     return jnp.clip(x_original + delta, threat.low, threat.high)
 
 
-def distance(x, x_original, norm):
+def distance(x, x_original, norm) -> jax.Array:
     """Per-image distance in the given norm, shape (n,)."""
     if norm == "l2":
         return _l2(x - x_original).reshape(-1)
@@ -74,12 +74,12 @@ def _l2(delta):
     return jnp.sqrt((delta**2).sum(axes, keepdims=True))
 
 
-def cross_entropy(logits, targets):
+def cross_entropy(logits, targets) -> jax.Array:
     """Per-image cross-entropy, shape (n,), of logits (n, C) and targets (n, C) that sum to 1."""
     return -(targets * jax.nn.log_softmax(logits)).sum(1)
 
 
-def mse(logits, targets):
+def mse(logits, targets) -> jax.Array:
     """Per-image squared error |targets - logits|^2 / 2, shape (n,) (paper Eq. 6)."""
     return ((targets - logits) ** 2).sum(1) / 2
 
@@ -87,7 +87,7 @@ def mse(logits, targets):
 LOSSES = {"cross-entropy": cross_entropy, "mse": mse}
 
 
-def fgsm(logits_fn, x, y, *, threat, loss="cross-entropy"):
+def fgsm(logits_fn, x, y, *, threat, loss="cross-entropy") -> jax.Array:
     """Fast gradient sign method: one PGD step of length epsilon (Goodfellow et al. 2015).
 
     Args, Returns, Raises: as `pgd`.
@@ -97,7 +97,7 @@ def fgsm(logits_fn, x, y, *, threat, loss="cross-entropy"):
 
 def pgd(
     logits_fn, x, y, *, threat, n_steps, step_size, loss="cross-entropy", n_restarts=1, key=None
-):
+) -> jax.Array:
     """Projected gradient ascent on the loss (paper Eq. 8; Madry et al. 2018).
 
     x <- project(x + step_size * direction(grad_x loss)), direction = sign for 'linf' and
@@ -132,7 +132,7 @@ def pgd(
     return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
 
 
-def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES):
+def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES) -> None:
     """Raises ValueError unless these can be arguments of `pgd`, here or in `torch_attacks`."""
     if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
         raise ValueError(
@@ -143,7 +143,7 @@ def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES):
         raise ValueError(f"expected loss in {sorted(losses)}, got {loss!r}; pass one of them")
 
 
-def check_images(x, threat):
+def check_images(x, threat) -> None:
     """Raises ValueError unless x is of images whose pixels are in the range of `threat`."""
     inputs.images(x, low=threat.low, high=threat.high)
 
@@ -215,7 +215,7 @@ def _random_start(key, x, threat):
     return project(x + noise, x, threat)
 
 
-def predict(logits_fn, x, *, batch_size):
+def predict(logits_fn, x, *, batch_size) -> jax.Array:
     """Logits (n, C) of images x, in batches; `logits_fn` as in `pgd`. No images give (0, C)."""
     logits_fn = _as_pytree(logits_fn)
     return in_batches(partial(_predict, logits_fn), everywhere(x), batch_size=batch_size)
@@ -226,7 +226,7 @@ def _predict(logits_fn, x):
     return over_rows(lambda x, logits_fn: logits_fn(x), x, logits_fn)
 
 
-def input_gradient_norm(logits_fn, x, y):
+def input_gradient_norm(logits_fn, x, y) -> jax.Array:
     """|grad_x cross-entropy(f(x), y)|_2 of each image, shape (n,) (paper Figures 2 and 4).
 
     Args:
@@ -254,7 +254,7 @@ def _gradient_norm(logits_fn, x, y):
     return over_rows(norm, (x, y), logits_fn)
 
 
-def in_batches(function, *arrays, batch_size):
+def in_batches(function, *arrays, batch_size) -> jax.Array:
     """Applies `function` to batches of rows and concatenates its results.
 
     The batches are of one size, so that `function` is compiled once: as few as possible of at

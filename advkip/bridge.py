@@ -15,7 +15,7 @@ import torch
 
 from advkip.attacks import in_batches, predict
 from advkip.devices import everywhere, jit, over_rows
-from advkip.krr import rows_of_tile
+from advkip.gram import rows_of_tile
 
 
 class KernelNet(torch.nn.Module):
@@ -38,7 +38,7 @@ class KernelNet(torch.nn.Module):
         self.register_buffer("precision", torch.zeros(0), persistent=False)
         self.eval()
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         height, width, channels = self.machine.x_support.shape[1:]
         if x.shape[1:] == (height, width, channels) != (channels, height, width):
             x = x.movedim(3, 1)  # channels last, as the machine's own images are
@@ -57,7 +57,7 @@ class KernelNet(torch.nn.Module):
             self.machine = _in_precision(self.machine, "float64" if wide else "float32")
         return self
 
-    def in_float64(self):
+    def in_float64(self) -> "KernelNet":
         """The same machine with its sums in double precision."""
         return KernelNet(self.machine, batch_size=self.batch_size).double()
 

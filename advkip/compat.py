@@ -8,6 +8,7 @@ in JAX is touched. Only `advkip.kernels` calls this module.
 
 import sys
 import types
+from typing import Any
 
 import jax
 
@@ -15,7 +16,7 @@ SUPPORTED_JAX = ((0, 10, 2), (0, 10, 2))
 """Oldest and newest JAX versions, both included, on which this module is known to work."""
 
 
-def load():
+def load() -> Any:
     """Returns the `neural_tangents` package, made importable on the installed JAX.
 
     Raises:
@@ -33,7 +34,7 @@ def load():
     return neural_tangents
 
 
-def check_version(version):
+def check_version(version) -> None:
     """Raises ImportError when `version`, a (major, minor, patch) tuple, was never tested."""
     low, high = SUPPORTED_JAX
     if not low <= tuple(version[:3]) <= high:

@@ -8,15 +8,15 @@ images (N, H, W) or (N, H, W, C) with C = 1 or 3, uint8 or float in [0, 1]; inte
 (torchvision's own CIFAR-10 files are pickles; it checks their MD5 sums before it reads them.)
 """
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from advkip import inputs
+from advkip import files, inputs
+from advkip.config import Experiment
+from advkip.settings import Kernel
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -57,12 +57,12 @@ class Splits(NamedTuple):
     n_classes: int
 
 
-def load(name, folder=""):
+def load(name: str, folder: str | None = None) -> Dataset:
     """A data set by name.
 
     Args:
       name: a built-in name, or that of a file <name>.npz.
-      folder: where .npz files are looked for; "" means the environment variable ADVKIP_DATA.
+      folder: where .npz files are looked for; None means the environment variable ADVKIP_DATA.
 
     Returns:
       A `Dataset`.
@@ -73,26 +73,24 @@ def load(name, folder=""):
       ConnectionError: a download failed.
     """
     folder = folder or os.environ.get("ADVKIP_DATA", "")
-    if folder:
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"expected data_dir to be a folder, got {folder}; pass the folder that holds "
-                f"{name}.npz, or leave data_dir and ADVKIP_DATA empty for the built-in data sets"
-            )
-        if (path / f"{name}.npz").exists():
-            return from_npz(path / f"{name}.npz")
+    if path := find(name, folder):
+        return from_npz(path)
+    if folder and not files.find(folder).is_dir():
+        raise FileNotFoundError(
+            f"expected dataset.folder to be a folder, got {folder}; pass the folder that holds "
+            f"{name}.npz, or leave it and ADVKIP_DATA empty for the built-in data sets"
+        )
     if name == "digits":
         return _digits()
     if name in TORCHVISION:
         return _torchvision(name)
     raise FileNotFoundError(
         f"expected a data set in {['digits', *TORCHVISION]} or a file {name}.npz, got {name!r} "
-        f"and folder {folder or '(none)'}; pass data_dir or set ADVKIP_DATA to the file's folder"
+        f"and folder {folder or '(none)'}; pass the file's folder as dataset.folder or ADVKIP_DATA"
     )
 
 
-def from_npz(path):
+def from_npz(path) -> Dataset:
     """A data set from a .npz file, checked; see the module's text for its keys.
 
     Distilled sets (`distill.save`) have label vectors, whose classes are the largest entries, and
@@ -101,11 +99,11 @@ def from_npz(path):
     Raises:
       ValueError: what is wrong with the file, and what was expected.
     """
-    return _dataset(path, *_read(path))
+    return dataset_of(path, *read(path))
 
 
-def _dataset(path, arrays, settings):
-    """A checked data set from what `_read` returned."""
+def dataset_of(path, arrays, settings) -> Dataset:
+    """A checked data set from what `read` returned."""
     try:
         x_train, y_train = inputs.part_of_data_set(
             arrays["x_train"], arrays["y_train"], "train", in_range=not settings
@@ -131,96 +129,70 @@ def _dataset(path, arrays, settings):
     return Dataset(x_train, y_train, x_test, y_test, n_classes)
 
 
-KERNEL_SETTINGS = ("kernel", "W_std", "b_std", "diag_reg")
-"""Settings of an experiment that a kernel machine depends on besides its images and labels."""
-
-
-def is_here(name, folder=""):
-    """Whether `load` needs no download."""
+def find(name: str, folder: str | None = None) -> Path | None:
+    """The file <name>.npz in a folder (else in ADVKIP_DATA), or None without one."""
     folder = folder or os.environ.get("ADVKIP_DATA", "")
-    there = bool(folder) and (Path(folder).expanduser() / f"{name}.npz").exists()
-    return there or name not in TORCHVISION
+    path = files.find(folder or ".") / f"{name}.npz"
+    return path if folder and path.exists() else None
 
 
-def check_fits(path, chosen, shape, n_classes):
-    """Raises ValueError unless a `TrainingSet` has images and classes of the data set at hand."""
-    own = chosen.x.shape[1:], chosen.y.shape[1]
-    if own != (shape, n_classes):
+def is_here(name: str, folder: str | None = None) -> bool:
+    """Whether `load` needs no download."""
+    return bool(find(name, folder)) or name not in TORCHVISION
+
+
+def check_fits(name, x, y, shape: tuple[int, ...], n_classes: int) -> None:
+    """Raises ValueError unless a training set's images and labels are of the data set at hand.
+
+    Args:
+      name: of the set, for the message.
+      x, y: its images (N, H, W, C), and label vectors (N, classes) or integers.
+      shape, n_classes: of the data set.
+    """
+    vectors = y.ndim == 2 and y.shape[1] > 1
+    own = x.shape[1:], y.shape[1] if vectors else max(n_classes, int(y.max()) + 1)
+    if own != (tuple(shape), n_classes):
         raise ValueError(
-            f"{path}: expected images {shape} of {n_classes} classes as in the data set, got "
-            f"{own[0]} of {own[1]}; pass a set of that kind"
+            f"{name}: expected images {tuple(shape)} of {n_classes} classes as in the data set, "
+            f"got {own[0]} of {own[1]}; pass a set of that kind"
         )
 
 
 class TrainingSet(NamedTuple):
-    """What networks are trained on."""
+    """What networks are trained on; see `sets`."""
 
     x: np.ndarray  # images (N, H, W, C), float32; a distilled set's may leave [0, 1]
     y: np.ndarray  # label vectors (N, classes), float32
-    settings: dict | None = None  # KERNEL_SETTINGS that a distilled set was made with
-
-    @property
-    def kernel(self):
-        """The name of the kernel that a distilled set was made with, or ''."""
-        return self.settings["kernel"] if self.settings else ""
+    kernel: Kernel | None = None  # that a distilled set was made with, with its settings
 
 
-def training_set(path, *, n_classes=0, center=False):
-    """(name, `TrainingSet`) of any .npz of this module's layout.
-
-    The name is 'adv-kip' or 'kip' for a file of `distill.save`, whose label vectors are kept as
-    they are; else the file's own, and integer labels become one-hot.
-
-    Args:
-      path: the file.
-      n_classes: of integer labels; 0 means the largest label plus one.
-      center: see `one_hot`.
-
-    Raises:
-      ValueError: as `from_npz`.
-    """
-    arrays, settings = _read(path)
-    dataset = _dataset(path, arrays, settings)
-    labels = arrays["y_train"]
-    if not (labels.ndim == 2 and labels.shape[1] > 1):
-        classes = max(n_classes, dataset.n_classes)
-        labels = one_hot(dataset.y_train, classes, center=center)
-    try:
-        settings = json.loads(settings)
-        name = "adv-kip" if settings["pgd_steps"] else "kip"
-        made = {key: settings[key] for key in KERNEL_SETTINGS}
-    except (ValueError, KeyError, TypeError):  # not written by `distill.save`
-        name, made = Path(path).stem, None
-    return name, TrainingSet(to_float(dataset.x_train), labels.astype("float32"), made)
-
-
-def draw_original(splits, n, *, seed, center=False):
-    """Original images to train networks on: n from the pool, equally many of each class; 0: all.
-
-    Returns:
-      A `TrainingSet` with one-hot labels (see `one_hot`).
+def draw_original(experiment: Experiment, splits: Splits) -> TrainingSet:
+    """Original images to train networks on: `networks.n_original` of the pool, with one-hot labels.
 
     Raises:
       ValueError: too few images.
     """
-    index = slice(None)
+    n, index = experiment.networks.n_original, slice(None)
     if n:
+        stream = generator(experiment.seed, "original")
         try:
-            index = draw_balanced(
-                splits.y_pool, n, n_classes=splits.n_classes, generator=generator(seed, "original")
-            )
+            index = draw_balanced(splits.y_pool, n, n_classes=splits.n_classes, generator=stream)
         except ValueError as error:
-            raise ValueError(f"n_original = {n}: {error}; or pass 0 for all images") from None
-    labels = one_hot(splits.y_pool[index], splits.n_classes, center=center)
+            raise ValueError(
+                f"networks.n_original = {n}: {error}; or pass null for all images"
+            ) from None
+    labels = one_hot(
+        splits.y_pool[index], splits.n_classes, center=experiment.support.center_labels
+    )
     return TrainingSet(splits.x_pool[index].astype("float32"), labels.astype("float32"))
 
 
-def draw_test(splits, n, *, seed):
-    """n test images in random order and their labels; 0, or more than there are: all of them.
+def draw_test(splits: Splits, n: int | None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """n test images in random order and their labels; None, or more than there are: all of them.
 
     Equally many of each class, unless a class has too few.
     """
-    if not 0 < n < len(splits.y_test):
+    if n is None or n >= len(splits.y_test):
         return splits.x_test, splits.y_test
     stream = generator(seed, "watched")
     try:
@@ -230,7 +202,7 @@ def draw_test(splits, n, *, seed):
     return splits.x_test[index], splits.y_test[index]
 
 
-def _read(path):
+def read(path) -> tuple[dict[str, np.ndarray], str]:
     """(arrays by KEYS, the settings of a distilled set as JSON or '')."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -266,7 +238,7 @@ def _torchvision(name):
         )
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
-            f"expected to download {name} into {CACHE}, got {error}; pass data_dir or set "
+            f"expected to download {name} into {CACHE}, got {error}; pass dataset.folder or set "
             f"ADVKIP_DATA to a folder with {name}.npz (keys {', '.join(KEYS)}) to do without"
         ) from error
     parts = [(np.asarray(d.data), np.asarray(d.targets)) for d in (train, test)]
@@ -274,18 +246,18 @@ def _torchvision(name):
     return Dataset(x_train, y_train, x_test, y_test, 10)
 
 
-def to_float(x, dtype="float32"):
+def to_float(x, dtype="float32") -> np.ndarray:
     """uint8 or float images to floats in [0, 1]."""
     return x.astype(dtype) / 255 if x.dtype == np.uint8 else x.astype(dtype)
 
 
-def one_hot(y, n_classes, *, center=False, dtype="float32"):
+def one_hot(y, n_classes, *, center=False, dtype="float32") -> np.ndarray:
     """One-hot labels, shape (N, C); with `center`, minus 1/C so that each row sums to 0."""
     labels = np.eye(n_classes, dtype=dtype)[y]
     return labels - labels.dtype.type(1 / n_classes) if center else labels
 
 
-def draw_balanced(y, n, *, n_classes, generator):
+def draw_balanced(y, n, *, n_classes, generator) -> np.ndarray:
     """Indices of `n` labels, as equally many of each class as possible, in random order.
 
     Args:
@@ -311,25 +283,21 @@ def draw_balanced(y, n, *, n_classes, generator):
     return generator.permutation(np.concatenate(chosen))
 
 
-def generator(seed, stream, step=0):
+def generator(seed, stream, step=0) -> np.random.Generator:
     """The NumPy generator of one purpose (a key of STREAMS) and step, derived from the seed."""
     return np.random.default_rng([seed, STREAMS[stream], step])
 
 
-def fingerprint(splits):
+def fingerprint(splits: Splits) -> str:
     """16 hex digits of all that a distillation sees: support, pool and validation of `Splits`.
 
     What is resumed belongs to these arrays, not to the name of the file that they came from.
     """
-    found = hashlib.sha256()
-    for name, array in splits._asdict().items():
-        if name != "n_classes" and not name.endswith("_test"):
-            found.update(f"{name} {array.dtype} {array.shape}".encode())
-            found.update(np.ascontiguousarray(array))
-    return found.hexdigest()[:16]
+    seen = splits._asdict().items()
+    return files.digest_of_arrays(*(v for k, v in seen if k != "n_classes" and "_test" not in k))
 
 
-def split(dataset, experiment):
+def split(dataset: Dataset, experiment: Experiment) -> Splits:
     """Draws the splits of an experiment; the same seed draws the same images.
 
     Returns:
@@ -347,31 +315,33 @@ def split(dataset, experiment):
         except ValueError as error:
             raise ValueError(f"{setting} = {n}: {error}") from None
 
-    y = dataset.y_train
-    validation = draw(y, experiment.n_validation, "validation", "n_validation")
+    y, asked = dataset.y_train, experiment.dataset
+    validation = draw(y, asked.n_validation, "validation", "dataset.n_validation")
     pool = np.setdiff1d(np.arange(len(y)), validation)
-    support = pool[draw(y[pool], experiment.n_support, "support", "n_support")]
-    if experiment.n_target > len(pool):
+    support = pool[draw(y[pool], experiment.support.n_support, "support", "support.n_support")]
+    n_target = experiment.support.n_target
+    if n_target > len(pool):
         raise ValueError(
-            f"n_target = {experiment.n_target}: expected at most {len(pool)} images that are not "
+            f"support.n_target = {n_target}: expected at most {len(pool)} images that are not "
             "held out for validation; pass a smaller n_target"
         )
     test = np.arange(len(dataset.y_test))
-    if experiment.n_test:
-        test = draw(dataset.y_test, experiment.n_test, "test", "n_test")
+    if asked.n_test:
+        test = draw(dataset.y_test, asked.n_test, "test", "dataset.n_test")
 
     def take(x, y, index):
-        return to_float(x[index], experiment.dtype), y[index]
+        return to_float(x[index], experiment.kernel.dtype), y[index]
 
     def take_images(x, y, index):
         # Only a distilled set leaves the pixel range; what is attacked must keep to it.
         x, y = take(x, y, index)
         return np.clip(x, 0, 1), y
 
+    x_support, y_support = take(dataset.x_train, y, support)
+    x_pool, y_pool = take_images(dataset.x_train, y, pool)
+    x_validation, y_validation = take_images(dataset.x_train, y, validation)
+    x_test, y_test = take(dataset.x_test, dataset.y_test, test)
     return Splits(
-        *take(dataset.x_train, y, support),
-        *take_images(dataset.x_train, y, pool),
-        *take_images(dataset.x_train, y, validation),
-        *take(dataset.x_test, dataset.y_test, test),
+        x_support, y_support, x_pool, y_pool, x_validation, y_validation, x_test, y_test,
         dataset.n_classes,
-    )
+    )  # fmt: skip

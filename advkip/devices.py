@@ -6,6 +6,7 @@ host or several (after `jax.distributed.initialize()`).
 
 import math
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ CPU_TILE_FLOATS = 2**22
 """Working floats of a tile on a CPU: 16 MiB in float32, so that it stays in the caches."""
 
 
-def tile_floats():
+def tile_floats() -> int:
     """Working floats of one tile: what caches hold on a CPU, elsewhere 1/128 of the memory.
 
     1/128 of the bytes is 1/32 of the memory in float32, small against K_SS and still far more
@@ -42,7 +43,7 @@ def _mesh():
     return Mesh(np.array(jax.devices()), ("rows",))
 
 
-def everywhere(x):
+def everywhere(x) -> Any:
     """x as an array on all devices, each with a full copy; every host passes the same x."""
     if jax.device_count() == 1:
         return jnp.asarray(x)
@@ -51,7 +52,7 @@ def everywhere(x):
     return jax.device_put(x, NamedSharding(_mesh(), PartitionSpec()))
 
 
-def over_rows(function, rows, rest):
+def over_rows(function, rows, rest) -> Any:
     """function(rows, rest), with the rows divided among all devices.
 
     Args:
@@ -81,7 +82,7 @@ def over_rows(function, rows, rest):
     return jax.tree.map(lambda a: a[:n] if len(a) == n + fill else a, gathered)
 
 
-def even_size(n, size):
+def even_size(n, size) -> int:
     """Rows of the fewest equal parts of n that have at most `size` rows."""
     return -(-n // math.ceil(n / size))
 
@@ -91,7 +92,7 @@ CHOLESKY_DIRECT, CHOLESKY_BLOCK = 20_000, 5000
 crashes in potrf when the matrix exceeds 2 GiB (23,000 rows in float32)."""
 
 
-def cholesky_in_place(a):
+def cholesky_in_place(a) -> tuple[jax.Array, bool]:
     """Lower Cholesky factor of a symmetric positive definite matrix, in its own memory.
 
     Args:
@@ -168,7 +169,7 @@ def _lapack_cholesky(a):
     return factor, info == 0
 
 
-def cholesky_solve(factor, y):
+def cholesky_solve(factor, y) -> jax.Array:
     """(L L^T)^-1 y for the lower factor L (n, n) and y (n, C).
 
     The transposes are chosen so that LAPACK's column-major view of L needs no copy of it.

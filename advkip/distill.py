@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import advkip
-from advkip import attacks, checkpoint, data, kernels, krr
+from advkip import attacks, data, files, gram, kernels, krr, store
+from advkip.config import Experiment
+from advkip.progress import tqdm
+from advkip.settings import Method
 
 DIVERGED = 100
 """A run stops when its loss exceeds this many times the larger of 1 and its first loss."""
@@ -33,8 +35,8 @@ class Distilled(NamedTuple):
     y_initial: np.ndarray
     step: int  # outer steps behind x_support
     history: list  # dicts: step, loss, clean, fgsm, pgd, gradient_norm, seconds
-    stopped: str  # "n_steps" or "patience"
-    data: str = ""  # `data.fingerprint` of the splits
+    stopped: str  # "n_steps", "patience" or "diverged"
+    about: dict  # what the set belongs to: settings, kernel, data
 
 
 class DivergedError(FloatingPointError):
@@ -62,95 +64,129 @@ class _State(NamedTuple):
     seconds: float
 
 
-def distill(experiment, splits, *, kernel=None, checkpoint_dir=None, progress=True):
-    """Optimises a support set with Algorithm 1; `pgd_steps=0` is KIP.
+def distill(
+    experiment: Experiment, splits: data.Splits, *, method: Method = "adv-kip", kernel=None,
+    checkpoint_dir=None, progress: bool = True,
+) -> Distilled:  # fmt: skip
+    """Optimises a support set with Algorithm 1, or with KIP.
 
     Args:
-      experiment: a `config.Experiment`; "Support and target" to "Outer minimum" are used here.
+      experiment: its sections seed, kernel, support, threat, and `adv_kip` or `kip` are used.
       splits: `data.Splits`.
+      method: 'adv-kip' or 'kip'.
       kernel: see `kernels`; None means the experiment's.
-      checkpoint_dir: folder of checkpoints, or None. A checkpoint of the same settings in it is
-        continued; it is written every `checkpoint_every` steps, on interruption and at the end.
+      checkpoint_dir: folder of distillation-<method>.npz, or None. It is continued; it is written
+        every `checkpoint_every` steps, on interruption and at the end.
       progress: shows a bar with loss, clean and robust validation accuracy.
-
-    Returns:
-      A `Distilled`.
 
     Raises:
       DivergedError: the loss or its gradient is not finite, the loss is too large, or K_SS is not
         positive definite (see `krr.fit`); it holds the best support so far.
-      ValueError: float64 without `kernels.set_precision`, or a checkpoint beyond n_steps.
+      ValueError: float64 without `kernels.set_precision`, a method without settings, or a
+        checkpoint of something else (see `store.load`) or beyond n_steps.
     """
     if kernel is None:
-        kernel = kernels.by_name(experiment.kernel, W_std=experiment.W_std, b_std=experiment.b_std)
-    if experiment.dtype == "float64" and not jax.config.jax_enable_x64:
+        kernel = kernels.of(experiment.kernel)
+    if experiment.kernel.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
     initial = initial_support(experiment, splits)
-    run = _Run(experiment, splits, kernel)
-    path = checkpoint_dir and Path(checkpoint_dir) / f"checkpoint-{experiment.fingerprint()}.npz"
+    run = _Run(experiment, splits, kernel, method)
+    path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
+    n_steps = run.settings.n_steps
     if path and path.exists():
-        state = checkpoint.load(path, state, run)
-        if state.step > experiment.n_steps:
+        state = run.load(path, state)
+        if state.step > n_steps:
             raise ValueError(
-                f"expected a checkpoint of at most {experiment.n_steps} steps, got {state.step} "
-                f"in {path.name}; pass n_steps >= {state.step}, or delete the file"
+                f"expected a checkpoint of at most {n_steps} steps, got {state.step} in "
+                f"{path.name}; pass n_steps >= {state.step}, or delete the file"
             )
 
     saved = state.step
     with tqdm(
-        total=experiment.n_steps, initial=state.step, disable=not progress, mininterval=1,
-        desc="adv-KIP" if experiment.pgd_steps else "KIP", unit="step",
+        total=n_steps, initial=state.step, disable=not progress, mininterval=1, desc=method,
+        unit="step",
     ) as bar:  # fmt: skip
         try:
             while not (reason := run.finished(state)):
                 state = run.advance(state)
                 bar.update(state.step - bar.n)
-                bar.set_postfix_str(_summary(state.history[-1]), refresh=False)
-                if path and state.step - saved >= experiment.checkpoint_every:
-                    checkpoint.save(path, state, run)
+                line = state.history[-1]
+                text = f"loss {line['loss']:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}"
+                bar.set_postfix_str(text, refresh=False)
+                if path and state.step - saved >= run.settings.checkpoint_every:
+                    run.save(path, state)
                     saved = state.step
         except (FloatingPointError, KeyboardInterrupt) as error:
             if path:
-                checkpoint.save(path, state, run)
+                run.save(path, state)
             if isinstance(error, KeyboardInterrupt):
                 raise
-            kept = _result(state, initial, "diverged", run.data)
+            kept = _result(state, initial, "diverged", run.about)
             if path:
-                file = path.with_name(path.name.replace("checkpoint", "kept"))
-                checkpoint.write(file, x_support=kept.x_support, y_support=kept.y_support)
+                with files.replacing(path.with_name(f"kept-{method}.npz")) as file:
+                    np.savez(file, x_support=kept.x_support, y_support=kept.y_support)
             raise DivergedError(str(error), kept) from error
     if path:
-        checkpoint.save(path, state, run)
-    return _result(state, initial, reason, run.data)
+        run.save(path, state)
+    return _result(state, initial, reason, run.about)
 
 
-def initial_support(experiment, splits):
+def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
     """(X_S, Y_S) as drawn from the training data: float images, (centred) one-hot labels."""
     y = data.one_hot(
-        splits.y_support, splits.n_classes, center=experiment.center_labels, dtype=experiment.dtype
-    )
+        splits.y_support, splits.n_classes, center=experiment.support.center_labels,
+        dtype=experiment.kernel.dtype,
+    )  # fmt: skip
     return splits.x_support, y
 
 
 class _Run:
     """What stays the same from step to step of one run."""
 
-    def __init__(self, experiment, splits, kernel):
-        self.experiment, self.splits, self.kernel = experiment, splits, kernel
-        self.threat = attacks.Threat(experiment.norm, experiment.epsilon)
-        make = getattr(optax, experiment.optimizer)
+    def __init__(self, experiment, splits, kernel, method):
+        settings = experiment.distillation(method)
+        if settings is None:
+            raise ValueError(
+                f"expected settings of the method {method!r}, got null; pass them in the section "
+                f"{method.replace('-', '_')}"
+            )
+        self.experiment, self.settings, self.method = experiment, settings, method
+        self.splits, self.kernel = splits, kernel
+        self.threat = attacks.Threat(experiment.threat.norm, experiment.threat.epsilon)
+        make = getattr(optax, settings.optimizer)
         self.optimizers = (
-            make(experiment.learning_rate),
-            make(experiment.label_learning_rate) if experiment.learn_labels else None,
+            make(settings.learning_rate),
+            make(settings.label_learning_rate) if experiment.support.learn_labels else None,
         )
         x = jnp.asarray(splits.x_support[:2])
-        self.probe = [float(v) for v in kernel.value(x, x).ravel()]
-        self.data = data.fingerprint(splits)
-        self.batch_size = experiment.block_size or krr.rows_of_tile(kernel, experiment.n_support)
+        section = method.replace("-", "_")
+        free = ("dataset.n_test", f"{section}.n_steps")
+        parts = ("seed", "dataset", "kernel", "support", "threat", section)
+        self.about = experiment.of(*parts, without=free) | {
+            "method": method, "data": data.fingerprint(splits),
+            "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],
+        }  # fmt: skip
+        self.batch_size = experiment.kernel.block_size or gram.rows_of_tile(
+            kernel, experiment.support.n_support
+        )
+
+    def save(self, path, state):
+        """Writes the state to a file that `load` reads."""
+        tree = (state.support, state.optimizer_states, state.best)
+        keys = ("step", "best_step", "best_score", "history", "seconds")
+        notes = {key: getattr(state, key) for key in keys}
+        store.save(path, tree, about=self.about, notes=notes)
+
+    def load(self, path, state):
+        """The state in a file, whose leaves are those of `state`."""
+        tree = (state.support, state.optimizer_states, state.best)
+        (support, states, best), notes = store.load(path, tree, about=self.about)
+        notes["history"] = tuple(notes["history"])
+        return state._replace(support=support, optimizer_states=states, best=best, **notes)
 
     def start(self, initial):
         support = tuple(jnp.asarray(a) for a in initial)
@@ -159,7 +195,7 @@ class _Run:
 
     def finished(self, state):
         """Why the run is over, or ''. The last step is only looked at: it has a history line."""
-        e, history = self.experiment, state.history
+        e, history = self.settings, state.history
         if history and history[-1]["step"] == e.n_steps:
             return "n_steps"
         if e.patience and history and history[-1]["step"] - state.best_step >= e.patience:
@@ -168,13 +204,14 @@ class _Run:
 
     def advance(self, state):
         """One outer step: history line when due, inner maximum, outer gradient, update."""
-        e, began = self.experiment, time.perf_counter()
-        fitted = krr.fit(self.kernel, *state.support, diag_reg=e.diag_reg, block_size=e.block_size)
+        e, began = self.settings, time.perf_counter()
+        diag_reg, block_size = self.experiment.kernel.diag_reg, self.experiment.kernel.block_size
+        fitted = krr.fit(self.kernel, *state.support, diag_reg=diag_reg, block_size=block_size)
         x_target, y_target = self.target(state.step)
         x_target = self.attack(fitted.machine, x_target, y_target)
         gradient = krr.support_gradient(
-            fitted, x_target, self.labels(y_target, e.outer_loss), diag_reg=e.diag_reg,
-            loss=_OuterLoss(e.outer_loss, _scale(e, e.outer_loss)), block_size=e.block_size,
+            fitted, x_target, self.labels(y_target, e.outer_loss), diag_reg=diag_reg,
+            loss=_OuterLoss(e.outer_loss, self.scale(e.outer_loss)), block_size=block_size,
         )  # fmt: skip
         loss = float(gradient.loss)
         first = state.history[0]["loss"] if state.history else loss
@@ -188,7 +225,7 @@ class _Run:
         last = state.step == e.n_steps
         seen = state.history and state.history[-1]["step"] == state.step
         if (state.step % e.eval_every == 0 or last) and not seen:
-            state = self.look(state, fitted.machine, loss)
+            state = self.validate(state, fitted.machine, loss)
         if not (last or self.finished(state)):
             state = self.update(state, (gradient.x_support, gradient.y_support))
         jax.block_until_ready(state.support)
@@ -198,25 +235,29 @@ class _Run:
         """The target batch (X_T, labels) of a step, drawn from the pool."""
         generator = data.generator(self.experiment.seed, "target", step)
         index = generator.choice(
-            len(self.splits.x_pool), self.experiment.n_target, replace=False, shuffle=False
+            len(self.splits.x_pool), self.experiment.support.n_target, replace=False, shuffle=False
         )
         return jnp.asarray(self.splits.x_pool[index]), self.splits.y_pool[index]
 
     def labels(self, y, loss):
         """Labels (n, C) as the loss wants them: one-hot; for mse centred like the support's."""
-        center = self.experiment.center_labels and loss == "mse"
-        return data.one_hot(y, self.splits.n_classes, center=center, dtype=self.experiment.dtype)
+        center = self.experiment.support.center_labels and loss == "mse"
+        dtype = self.experiment.kernel.dtype
+        return data.one_hot(y, self.splits.n_classes, center=center, dtype=dtype)
+
+    def scale(self, loss):
+        return self.settings.logit_scale if loss == "cross-entropy" else 1.0
 
     def attack(self, machine, x, y):
         """The inner maximum, Eq. 8, from the images themselves."""
-        e = self.experiment
+        e, threat = self.settings, self.experiment.threat
         scaled = krr.KernelMachine(
-            machine.kernel, machine.x_support, machine.alpha * _scale(e, e.inner_loss)
+            machine.kernel, machine.x_support, machine.alpha * self.scale(e.inner_loss)
         )
         if not e.pgd_steps:
             return x
         # One step is FGSM: it goes to the border of the ball.
-        step_size = e.epsilon if e.pgd_steps == 1 else e.step_size
+        step_size = threat.epsilon if e.pgd_steps == 1 else threat.step_size
         return attacks.in_batches(
             partial(
                 attacks.pgd, scaled, threat=self.threat, n_steps=e.pgd_steps,
@@ -225,9 +266,9 @@ class _Run:
             x, self.labels(y, e.inner_loss), batch_size=self.batch_size,
         )  # fmt: skip
 
-    def look(self, state, machine, loss):
+    def validate(self, state, machine, loss):
         """Adds a line to the history and keeps the support if it is the best so far."""
-        e, x, y = self.experiment, self.splits.x_validation, self.splits.y_validation
+        e, x, y = self.settings, self.splits.x_validation, self.splits.y_validation
         labels = self.labels(y, "cross-entropy")
 
         def accuracy(attack):
@@ -246,7 +287,7 @@ class _Run:
             "pgd": accuracy(
                 partial(
                     attacks.pgd, machine, threat=self.threat,
-                    n_steps=e.eval_pgd_steps, step_size=e.step_size,
+                    n_steps=e.eval_pgd_steps, step_size=self.experiment.threat.step_size,
                 )
             ),
             "gradient_norm": float(norms.mean()),
@@ -268,7 +309,7 @@ class _Run:
                 value = optax.apply_updates(value, changes)
             new.append(value)
             states.append(memory)
-        if self.experiment.clip_support:
+        if self.experiment.support.clip:
             new[0] = jnp.clip(new[0], self.threat.low, self.threat.high)
         if not all(jnp.isfinite(value).all() for value in new):
             raise FloatingPointError(
@@ -278,10 +319,6 @@ class _Run:
         return state._replace(
             step=state.step + 1, support=tuple(new), optimizer_states=tuple(states)
         )
-
-
-def _scale(experiment, loss):
-    return experiment.logit_scale if loss == "cross-entropy" else 1.0
 
 
 class _OuterLoss(NamedTuple):
@@ -294,109 +331,20 @@ class _OuterLoss(NamedTuple):
         return attacks.LOSSES[self.name](self.scale * logits, labels)
 
 
-def _summary(line):
-    return f"loss {line['loss']:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}"
+def _result(state, initial, reason, about):
+    best, history = map(np.asarray, state.best), list(state.history)
+    return Distilled(*best, *initial, state.best_step, history, reason, about)
 
 
-def _result(state, initial, reason, data_seen):
-    return Distilled(
-        *(np.asarray(a) for a in state.best), *initial, state.best_step, list(state.history),
-        reason, data_seen,
-    )  # fmt: skip
+def save(path, distilled: Distilled, experiment: Experiment, dataset: data.Dataset) -> None:
+    """Writes a distilled set as .npz, with its settings inside; `sets.from_path` reads it.
 
-
-def save(path, distilled, experiment, dataset):
-    """Writes a distilled set as .npz, with its settings inside; `data.from_npz` reads it.
-
-    Keys: x_train and y_train are the distilled images and label vectors, x_test and y_test the
-    data set's own test images; `experiment` is the settings as JSON.
+    x_train, y_train are distilled images and label vectors; x_test, y_test the data set's own.
     """
-    checkpoint.write(
-        Path(path), x_train=distilled.x_support, y_train=distilled.y_support,
-        x_test=dataset.x_test, y_test=dataset.y_test, step=distilled.step,
-        experiment=json.dumps(experiment.to_dict()), version=advkip.__version__,
-        data=distilled.data,
-    )  # fmt: skip
-
-
-def training_sets(experiment, splits, dataset, folder, names=None):
-    """What networks are trained on: `names`, or what `net_sets` asks if that is None.
-
-    'distilled' or 'adv-kip' is the experiment's `distilled_set` if it names a file, else
-    `<folder>/adv-kip.npz`, and 'kip' is `<folder>/kip.npz`, as notebook 01 leaves them there; a set
-    is distilled now if it is not there with the same settings. 'original' is a draw of `n_original`
-    training images.
-
-    Args:
-      experiment, splits: as for `distill`.
-      dataset: the `data.Dataset` behind the splits.
-      folder: of checkpoints, adv-kip.npz and kip.npz.
-      names: of the sets, in order.
-
-    Returns:
-      {name: `data.TrainingSet`}; 'distilled' becomes 'adv-kip', 'kip' or the file's name.
-
-    Raises:
-      ValueError: a file that is not such a set, or whose images or classes do not fit the splits.
-    """
-    sets = {}
-    for wanted in experiment.net_sets if names is None else names:
-        if wanted == "original":
-            sets[wanted] = data.draw_original(
-                splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
-            )
-            continue
-        kip = wanted == "kip"
-        settings = experiment.as_kip().replace(distilled_set="") if kip else experiment
-        name, chosen = _distilled_set(settings, splits, dataset, folder)
-        sets[name if wanted == "distilled" else wanted] = chosen
-    return sets
-
-
-def machine(chosen, experiment):
-    """The kernel machine of a training set, Eq. 4.
-
-    A set that a kernel made is fitted as it was made, with its own kernel, W_std, b_std and ridge,
-    which stand in its file; any other with the experiment's, on its first n_support images.
-
-    Args:
-      chosen: a `data.TrainingSet`.
-      experiment: an `Experiment`.
-
-    Returns:
-      A `krr.KernelMachine` of the experiment's dtype.
-
-    Raises:
-      ValueError, FloatingPointError: as `krr.fit`.
-    """
-    made = chosen.settings or {key: getattr(experiment, key) for key in data.KERNEL_SETTINGS}
-    kernel = kernels.by_name(made["kernel"], W_std=made["W_std"], b_std=made["b_std"])
-    n = None if chosen.settings else experiment.n_support
-    support = (part[:n].astype(experiment.dtype) for part in (chosen.x, chosen.y))
-    return krr.fit(
-        kernel, *support, diag_reg=made["diag_reg"], block_size=experiment.block_size
-    ).machine
-
-
-def _distilled_set(experiment, splits, dataset, folder):
-    file = "adv-kip.npz" if experiment.pgd_steps else "kip.npz"
-    path = Path(experiment.distilled_set or Path(folder) / file)
-    if not experiment.distilled_set and not _is_of(path, experiment, splits):
-        save(path, distill(experiment, splits, checkpoint_dir=folder), experiment, dataset)
-    name, chosen = data.training_set(
-        path, n_classes=splits.n_classes, center=experiment.center_labels
-    )
-    data.check_fits(path, chosen, splits.x_test.shape[1:], splits.n_classes)
-    return name, chosen
-
-
-def _is_of(path, experiment, splits):
-    """Whether a file holds what `distill` gives for this experiment and data."""
-    if not path.exists():
-        return False
-    with np.load(path, allow_pickle=False) as file:
-        settings = json.loads(str(file["experiment"])) if "experiment" in file.files else {}
-        seen = str(file["data"]) if "data" in file.files else ""
-    keys = (*experiment.distillation(), "n_steps")
-    same = all(settings.get(k) == experiment.to_dict()[k] for k in keys)
-    return same and seen == data.fingerprint(splits)
+    with files.replacing(path) as file:
+        np.savez(
+            file, x_train=distilled.x_support, y_train=distilled.y_support,
+            x_test=dataset.x_test, y_test=dataset.y_test, step=distilled.step,
+            version=advkip.__version__,
+            experiment=json.dumps(experiment.to_dict() | {"method": distilled.about["method"]}),
+        )  # fmt: skip

@@ -17,20 +17,20 @@ and each of them ends in '-l2' when its threat model is an l2 ball. On a kernel 
 run in JAX, AutoAttack through `bridge`.
 """
 
-import hashlib
+import dataclasses
 import importlib.metadata
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import advkip
-from advkip import attacks, files, inputs, krr, nets
-from advkip.config import ATTACK, ATTACK_PARTS
-from advkip.models import wrap
+from advkip import attacks, files, inputs, krr, nets, store
+from advkip.config import Experiment
+from advkip.models import judged
+from advkip.progress import tqdm
+from advkip.settings import Attack
 
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""
@@ -49,12 +49,42 @@ class Outcome(NamedTuple):
     x_attacked: np.ndarray  # the first `keep` attacked images
 
 
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How all models of an experiment are judged; calling it is `evaluate`."""
+
+    threat: attacks.Threat
+    step_size: float
+    attack_names: tuple[str, ...]
+    threat_l2: attacks.Threat | None = None
+    step_size_l2: float | None = None
+    seed: int = 0
+    checkpoint_dir: str | Path | None = None
+
+    @classmethod
+    def of(cls, experiment: Experiment, folder=None) -> "Protocol":
+        """The experiment's threats, steps and `evaluation.attacks`."""
+        e = experiment
+        return cls(
+            attacks.Threat(e.threat.norm, e.threat.epsilon), e.threat.step_size,
+            e.evaluation.attacks, attacks.Threat("l2", e.threat_l2.epsilon), e.threat_l2.step_size,
+            e.seed, folder,
+        )  # fmt: skip
+
+    def with_attacks(self, *names: str) -> "Protocol":
+        """The same with other attacks."""
+        return dataclasses.replace(self, attack_names=names)
+
+    def __call__(self, model, x, y, *, keep: int = 0, progress: bool = True) -> list[Outcome]:
+        return evaluate(model, x, y, keep=keep, progress=progress, **vars(self))
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def evaluate(
     model, x, y, *, threat, attack_names, step_size, threat_l2=None, step_size_l2=None, seed=0,
     batch_size=0, keep=0, checkpoint_dir=None, progress=True,
-):  # fmt: skip
+) -> list[Outcome]:  # fmt: skip
     """Measures accuracy under attacks that accumulate (the accuracies of all tables).
 
     Args:
@@ -86,22 +116,23 @@ def evaluate(
     x = np.asarray(x)
     attacks.check_images(x, threat)
     y = inputs.labels(y, len(x), vectors=False)
-    plans = {"clean": (threat, None)}
-    for name in attack_names:
-        plans[name] = _plan(name, x, threat, step_size, threat_l2, step_size_l2)
-    wrapped = wrap(model, seed=seed, batch_size=batch_size)
-    size = wrapped.batch_size
-    first = wrapped.logits(x[:size])
+    plans = [(Attack("clean", "clean"), threat, None)]
+    for attack in map(Attack.parse, dict.fromkeys(attack_names)):
+        plans.append(_plan(attack, x, threat, step_size, threat_l2, step_size_l2))
+    net = judged(model, seed=seed, batch_size=batch_size)
+    size = net.batch_size
+    first = net.logits(x[:size])
     _check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
-    _check_order_of_images(wrapped, x[:size], first)
-    done = _Checkpoint(checkpoint_dir, wrapped, x, y)
+    _check_order_of_images(net, x[:size], first)
+    done = _Checkpoint(checkpoint_dir, net, x, y)
 
     outcomes, robust = [], {}
     starts = range(0, len(y), size)
     with tqdm(
         total=len(plans) * len(starts), desc="attacks", unit="batch", disable=not progress
     ) as bar:
-        for name, (ball, step) in plans.items():
+        for attack, ball, step in plans:
+            name = attack.name
             kept, right = [], np.zeros(len(y), bool)
             for start in starts:
                 part = slice(start, start + size)
@@ -110,7 +141,7 @@ def evaluate(
                 found = done.get(key, needed)
                 if found is None:
                     with nets.deterministic():
-                        found = _attack(wrapped, name, x[part], y[part], ball, step)
+                        found = _attack(net, attack, x[part], y[part], ball, step)
                     found = found[0], found[1][:needed]
                     done.put(key, *found)
                 right[part] = found[0]
@@ -119,7 +150,7 @@ def evaluate(
                 bar.set_postfix_str(f"{name} {right[: start + size].mean():.1%}", refresh=False)
             norm = ball.norm
             robust[norm] = robust.get(norm, outcomes[0].right if outcomes else right) & right
-            plain = name == "clean" or name.endswith("-l2") or norm != "l2"
+            plain = name == "clean" or attack.l2 or norm != "l2"
             outcomes.append(
                 Outcome(
                     name if plain else name + "-l2", norm, 0.0 if name == "clean" else ball.epsilon,
@@ -131,7 +162,7 @@ def evaluate(
     return outcomes
 
 
-def check_order(outcomes):
+def check_order(outcomes) -> None:
     """Raises ValueError unless accuracy falls, image by image, along the attacks of each norm.
 
     It does in what `evaluate` returns; figures from elsewhere often do not (an AutoAttack accuracy
@@ -149,41 +180,53 @@ def check_order(outcomes):
         last[outcome.norm] = outcome
 
 
-def _plan(name, x, threat, step_size, threat_l2, step_size_l2):
-    """(threat, step size) of an attack's name."""
-    base = name.removesuffix("-l2")
-    if not re.fullmatch(ATTACK, name):
-        raise ValueError(
-            f"expected attacks 'fgsm', 'pgd10', 'pgd40x5', 'autoattack' or one of {ATTACK_PARTS}, "
-            f"with '-l2' behind it or not, got {name!r}; pass one of them"
-        )
-    if name.endswith("-l2"):
+def check_inside(outcomes: list[Outcome], x: np.ndarray) -> None:
+    """Raises FloatingPointError unless kept attacked images are in the ball around images x."""
+    for one in outcomes:
+        moved = attacks.distance(one.x_attacked, x[: len(one.x_attacked)], one.norm)
+        if not (moved <= one.epsilon + TOLERANCE).all():
+            raise FloatingPointError(
+                f"expected {one.attack} to stay within {one.epsilon:g} ({one.norm}), got "
+                f"{moved.max():g}; report this as a bug"
+            )
+
+
+def without_autoattack(names) -> list[str]:
+    """Those of attacks' names that are quick on a kernel machine: FGSM and PGD."""
+    return [name for name in names if Attack.parse(name).kind in ("fgsm", "pgd")]
+
+
+def _plan(attack, x, threat, step_size, threat_l2, step_size_l2):
+    """(attack, threat, step size)."""
+    name = attack.name
+    if attack.l2:
         if threat.norm == "l2":
             raise ValueError(
                 f"expected attacks of one l2 ball, got {name!r} beside an l2 threat; pass "
-                f"{base!r}, or an l_inf threat beside threat_l2"
+                f"{name.removesuffix('-l2')!r}, or an l_inf threat beside threat_l2"
             )
         if threat_l2 is None or threat_l2.norm != "l2":
             raise ValueError(f"expected threat_l2 for {name!r}, got {threat_l2}; pass an l2 Threat")
         threat, step_size = threat_l2, step_size_l2
     inputs.check_radius(threat.norm, threat.epsilon, x.shape[1:])
-    if threat.norm == "l2" and base in ("square", "autoattack") and not square_tiles(x.shape[1:3]):
+    tiled = attack.kind in ("square", "autoattack") and threat.norm == "l2"
+    if tiled and not square_tiles(x.shape[1:3]):
         raise ValueError(
             f"expected images that Square can tile in an l2 ball for {name!r}, got "
             f"{x.shape[1]} x {x.shape[2]}; pass other attacks ('apgd-ce', 'apgd-t', 'fab-t'), an "
             "l_inf threat, or images padded to 16, 20, 28 or 32 pixels"
         )
-    if base.startswith("pgd") and step_size is None:
+    if attack.kind == "pgd" and step_size is None:
         raise ValueError(f"expected step_size_l2 for {name!r}, got None; pass one in pixel units")
-    if base.startswith("pgd") and not 0 <= step_size <= 2 * threat.epsilon:
+    if attack.kind == "pgd" and not 0 <= step_size <= 2 * threat.epsilon:
         raise ValueError(
             f"expected a step size in [0, {2 * threat.epsilon:g}] for {name!r} with radius "
             f"{threat.epsilon:g}, got {step_size:g}; pass 2/255 for what is sometimes written 2"
         )
-    return threat, step_size
+    return attack, threat, step_size
 
 
-def square_tiles(shape):
+def square_tiles(shape) -> bool:
     """Whether the official Square's start in an l2 ball fits on images of shape (H, W).
 
     It puts H // s by W // s squares of side s = H // 5 side by side from an offset of
@@ -196,18 +239,13 @@ def square_tiles(shape):
     return all(offset + size // side * side <= size for size in shape)
 
 
-def _attack(wrapped, name, x, y, threat, step_size):
+def _attack(net, attack, x, y, threat, step_size):
     """(which are right after the attack, attacked images), both checked."""
-    base = name.removesuffix("-l2")
-    attacked = x if name == "clean" else wrapped.attack(base, x, y, threat, step_size)
-    distance = float(np.max(attacks.distance(attacked, x, threat.norm)))
-    if not distance <= threat.epsilon + TOLERANCE:
-        raise FloatingPointError(
-            f"expected {name} to stay within {threat.epsilon:g} ({threat.norm}), got {distance:g}; "
-            "report this as a bug"
-        )
+    name = attack.name
+    attacked = x if name == "clean" else net.attacked(attack, x, y, threat, step_size)
+    check_inside([Outcome(name, threat.norm, threat.epsilon, 0, 0, x, x, attacked)], x)
     attacks.check_images(attacked, threat)
-    logits = wrapped.logits(attacked)
+    logits = net.logits(attacked)
     if not np.isfinite(logits).all():
         raise FloatingPointError(
             f"expected finite logits under {name}, got NaN or infinity; fit the machine with a "
@@ -249,7 +287,7 @@ REPEATS = 12
 """Passes over the same batch, of which one differs if a network is random."""
 
 
-def _check_order_of_images(wrapped, x, logits):
+def _check_order_of_images(net, x, logits):
     """Refuses a network that answers otherwise when an image is in other company.
 
     One that is random anyway is not asked.
@@ -263,10 +301,10 @@ def _check_order_of_images(wrapped, x, logits):
         return (~np.isclose(found, logits, **close)).any(1).sum()
 
     orders = np.arange(half)[::-1], np.arange(half, len(x))[::-1]
-    found = np.concatenate([wrapped.logits(x[order])[::-1] for order in orders])
+    found = np.concatenate([net.logits(x[order])[::-1] for order in orders])
     # One image of ten may be on the edge of a step: products of other shapes round otherwise.
     few = max(1, len(x) // 10)
-    if others(found) > few and not any(others(wrapped.logits(x)) for _ in range(REPEATS)):
+    if others(found) > few and not any(others(net.logits(x)) for _ in range(REPEATS)):
         raise ValueError(
             "expected an answer to each image that depends on it alone, got others in another "
             "batch; pass a network whose normalisation has running statistics, in evaluation mode"
@@ -276,31 +314,24 @@ def _check_order_of_images(wrapped, x, logits):
 class _Checkpoint:
     """Finished batches of an evaluation in one .npz, named after what was evaluated."""
 
-    def __init__(self, folder, wrapped, x, y):
+    def __init__(self, folder, net, x, y):
         self.path, self.arrays = None, {}
         if not folder:
             return
-        versions = [importlib.metadata.version(name) for name in ("torch", "pyautoattack")]
-        about = f"{advkip.__version__} {versions} {wrapped.seed} {x.shape} {wrapped.model}"
-        identity = hashlib.sha256(about.encode())
         # Logits and gradients tell models apart whose difference is in no weight, as a rounded
         # input, which clean images may not show.
         sample = x[:16]
         noise = np.random.default_rng(0).uniform(-0.1, 0.1, sample.shape)
         near = np.clip(sample + noise, x.min(), x.max()).astype(x.dtype)
-        seen = [look(a) for a in (sample, near) for look in (wrapped.logits, wrapped.gradient)]
-        for array in (x, y, *seen, *wrapped.weights()):
-            identity.update(np.ascontiguousarray(array))
-        self.path = Path(folder) / f"checkpoint-attacks-{identity.hexdigest()[:12]}.npz"
+        seen = [see(a) for a in (sample, near) for see in (net.logits, net.gradient)]
+        self.about = {
+            "version": advkip.__version__, "seed": net.seed, "model": net.model,
+            "packages": [importlib.metadata.version(name) for name in ("torch", "pyautoattack")],
+            "images and weights": files.digest_of_arrays(x, y, *seen, *net.weights()),
+        }  # fmt: skip
+        self.path = Path(folder) / f"attacks-{store.digest(self.about)}.npz"
         if self.path.exists():
-            try:
-                with np.load(self.path, allow_pickle=False) as file:
-                    self.arrays = {key: file[key] for key in file.files}
-            except Exception as error:
-                raise ValueError(
-                    f"expected a checkpoint in {self.path}, got {error}; delete the file to start "
-                    "again"
-                ) from error
+            self.arrays, _ = store.load(self.path, about=self.about)
 
     def get(self, key, keep):
         """(right, attacked images) of a finished batch, or None."""
@@ -311,5 +342,4 @@ class _Checkpoint:
     def put(self, key, right, kept):
         if self.path:
             self.arrays |= {f"right {key}": right, f"kept {key}": kept}
-            with files.replacing(self.path) as file:
-                np.savez(file, **self.arrays)
+            store.save(self.path, self.arrays, about=self.about)

@@ -7,18 +7,18 @@ does not look at stays as it was at the start, so only the features it uses, the
 with the label.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from advkip import data, files, nets
+from advkip import data, files, nets, store
+from advkip.progress import tqdm
+from advkip.settings import PUBLISHED
 
-IMAGES, LABELS = "CIFAR_ims", "CIFAR_lab"
-"""The published files, in one folder: lists of tensors, images (n, 3, 32, 32) and labels (n,)."""
+IMAGES, LABELS = PUBLISHED
+"""The published files: lists of tensors, images (n, 3, 32, 32) and labels (n,)."""
 
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
@@ -37,8 +37,8 @@ class Inverted(NamedTuple):
     distance: np.ndarray  # |g(x) - g(x_original)|_2 / |g(x_start) - g(x_original)|_2, shape (n,)
 
 
-def load(folder, *, n_classes=10, center=False):
-    """The published set as a `data.TrainingSet`; nothing but tensors is read from the files.
+def load(folder, *, n_classes=10, center=False) -> tuple[np.ndarray, np.ndarray]:
+    """(images, label vectors) of the published set; nothing but tensors is read from the files.
 
     Args:
       folder: with the files CIFAR_ims and CIFAR_lab.
@@ -73,26 +73,7 @@ def load(folder, *, n_classes=10, center=False):
             f"{len(y)} of {y.dtype}; pass the file that belongs to {IMAGES}"
         )
     labels = data.one_hot(y.numpy(), n_classes, center=center)
-    return data.TrainingSet(nets.to_array(x.float().clamp(0, 1)), labels)
-
-
-def training_set(path, *, shape, n_classes, center=False):
-    """A `data.TrainingSet` of a folder with the published files (`load`), or of a .npz.
-
-    Raises:
-      ValueError: as `load` or `data.training_set`, or images of another shape than (H, W, C).
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        found = load(path, n_classes=n_classes, center=center)
-    else:
-        found = data.training_set(path, n_classes=n_classes, center=center)[1]
-    if found.x.shape[1:] != tuple(shape):
-        raise ValueError(
-            f"{path}: expected images {tuple(shape)}, got {found.x.shape[1:]}; pass robust "
-            "features of the data set in question"
-        )
-    return found
+    return nets.to_array(x.float().clamp(0, 1)), labels
 
 
 def _tensors(path):
@@ -126,7 +107,7 @@ def _is_plain(tensor):
 def generate(
     net, x, y, *, n, steps, step_size, noise, seed, batch_size=250, checkpoint_dir=None,
     progress=True,
-):  # fmt: skip
+) -> Inverted:  # fmt: skip
     """Inverts the representations of n images of an adversarially trained network.
 
         x_r <- clip( x_r - step_size * g / |g|_2 ),  g = grad |h(x_r) - h(x)|_2^2 / 2
@@ -143,8 +124,8 @@ def generate(
       noise: share of uniform noise in the start, in [0, 1].
       seed: of the images to start from.
       batch_size: images at a time.
-      checkpoint_dir: folder of robust-features.npz, which is read instead when it was made of the
-        same network, images and settings, and else replaced; None for none.
+      checkpoint_dir: folder of a file that is read instead when it was made of the same network,
+        images and settings; None for none.
       progress: shows a bar.
 
     Returns:
@@ -152,7 +133,7 @@ def generate(
 
     Raises:
       ValueError: numbers or labels that do not fit, a network without a linear layer or with a
-        layer in training mode, a robust-features.npz that cannot be read.
+        layer in training mode, a file that cannot be read.
     """
     x, y = np.asarray(x, "float32")[:n], np.asarray(y, "float32")[:n]
     numbers = steps >= 1 and step_size > 0 and 0 <= noise <= 1
@@ -169,27 +150,20 @@ def generate(
     start[order] = x[np.roll(order, 1)]  # none is its own start, unless it is the only one
     if noise:
         start = (1 - noise) * start + noise * generator.random(x.shape, "float32")
-    settings = f"{net} {steps} {step_size} {noise} {seed}"
-    identity = hashlib.sha256(settings.encode())
     like = next(net.parameters())
     with torch.no_grad(), nets.deterministic():
         # They tell networks apart whose difference is in no weight.
         seen = [nets.representation(net, nets.to_tensor(a[:16], like=like)) for a in (x, start)]
-    weights = (v.cpu().numpy() for v in net.state_dict().values())
-    for array in (x, y, *(v.cpu().numpy() for v in seen), *weights):
-        identity.update(np.ascontiguousarray(array))
-    identity = identity.hexdigest()[:12]
-    path = checkpoint_dir and Path(checkpoint_dir) / "robust-features.npz"
+    about = {
+        "net": str(net), "steps": steps, "step_size": step_size, "noise": noise, "seed": seed,
+        "images and weights": files.digest_of_arrays(
+            x, y, *map(nets.to_numpy, (*seen, *net.state_dict().values()))
+        ),
+    }  # fmt: skip
+    path = checkpoint_dir and Path(checkpoint_dir) / f"inverted-{store.digest(about)}.npz"
     if path and path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["identity"]) == identity:
-                    return Inverted(file["x_train"], y, x, start, file["distance"])
-        except Exception as error:
-            raise ValueError(
-                f"expected robust features in {path}, got a file that cannot be read as such "
-                f"({type(error).__name__}); delete the file, or pass another checkpoint_dir"
-            ) from error
+        (made, distance), _ = store.load(path, (x, x[:, 0, 0, 0]), about=about)
+        return Inverted(made, y, x, start, distance)
 
     made, distances = [], []
     with nets.deterministic():
@@ -202,7 +176,7 @@ def generate(
             distances.append(distance)
     inverted = Inverted(np.concatenate(made), y, x, start, np.concatenate(distances))
     if path:
-        _save(path, inverted, identity)
+        store.save(path, (inverted.x, inverted.distance), about=about)
     return inverted
 
 
@@ -222,12 +196,3 @@ def _invert(net, x, start, steps, step_size):
     with torch.no_grad():
         after = (nets.representation(net, moved) - goal).norm(dim=1)
     return nets.to_array(moved), (after / before.clamp_min(1e-12)).cpu().numpy()
-
-
-def _save(path, inverted, identity):
-    """In the layout of `data`, so that `distilled_set` can name the file; x_test is for form."""
-    with files.replacing(path) as file:
-        np.savez(
-            file, x_train=inverted.x, y_train=inverted.y, x_test=inverted.x_original[:1],
-            y_test=inverted.y[:1], distance=inverted.distance, identity=identity,
-        )  # fmt: skip

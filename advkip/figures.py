@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
@@ -18,13 +19,13 @@ CLASSES = {
 }  # fmt: skip
 
 
-def class_names(dataset, y):
+def class_names(dataset, y) -> list[str]:
     """The names of labels y of a data set, where they are known; else the labels as text."""
     names = CLASSES.get(dataset)
     return [names[label] if names else str(label) for label in np.asarray(y).tolist()]
 
 
-def save(figure, folder, name):
+def save(figure, folder, name) -> Figure:
     """Writes `<folder>/<name>.png` and returns the figure, so that a notebook shows it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
@@ -32,7 +33,7 @@ def save(figure, folder, name):
     return figure
 
 
-def training_curves(histories, *, against="step", images="validation"):
+def training_curves(histories, *, against="step", images="validation") -> Figure:
     """Figures 1 and 3: clean, FGSM and PGD accuracy against outer steps or epochs.
 
     Args:
@@ -56,23 +57,19 @@ def training_curves(histories, *, against="step", images="validation"):
     return figure
 
 
-def gradient_norms(histories):
+def gradient_norms(histories) -> Figure:
     """Figure 4: mean input-gradient norm of the kernel on validation data during distillation."""
     figure, (axis,) = _panels(1)
     for title, history in histories.items():
-        axis.plot(
-            [line["step"] for line in history],
-            [line["gradient_norm"] for line in history],
-            label=title, marker=".",
-        )  # fmt: skip
-    axis.set(xlabel="outer step", ylabel=r"mean $\|\nabla_x L\|_2$", ylim=(0, None))
-    axis.set_title("input-gradient norm on validation images")
+        points = [(line["step"], line["gradient_norm"]) for line in history]
+        axis.plot(*zip(*points, strict=True), label=title, marker=".")
+    axis.set(xlabel="outer step", ylabel=r"mean $\|\nabla_x L\|_2$ (validation)", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
 
 
-def learning_rates(searches):
+def learning_rates(searches) -> Figure:
     """Validation accuracy, clean and under PGD, against the learning rate.
 
     Args:
@@ -92,7 +89,7 @@ def learning_rates(searches):
     return figure
 
 
-def trade_off(histories):
+def trade_off(histories) -> Figure:
     """PGD against clean validation accuracy along each run; the first step is ringed."""
     figure, (axis,) = _panels(1)
     for title, history in histories.items():
@@ -106,7 +103,7 @@ def trade_off(histories):
     return figure
 
 
-def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=None):
+def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=None) -> Figure:
     """Figures 5 and 6: distilled images below the originals, their difference and labels.
 
     Shows one image of each class in turn. Pixels outside [0, 1] are shown clipped; the
@@ -144,7 +141,19 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=
     return figure
 
 
-def attacked_images(x, x_attacked, titles):
+def attacks_survived(x, y, clean, attacked, *, dataset=None, count=8) -> Figure:
+    """What an attack does to `count` correctly classified images, and whether they stay so.
+
+    `clean` and `attacked` are `evaluate.Outcome` of images x and labels y, with some kept.
+    """
+    kept = len(attacked.x_attacked)
+    shown = np.flatnonzero(clean.right[:kept])[:count]
+    names = zip(class_names(dataset, y[shown]), attacked.right[shown], strict=True)
+    titles = [f"{name}, {'stays' if right else 'falls'}" for name, right in names]
+    return attacked_images(x[shown], attacked.x_attacked[shown], titles)
+
+
+def attacked_images(x, x_attacked, titles) -> Figure:
     """Images, the same after an attack, and what the attack added; one title a column."""
     if not len(x):
         figure, (axis,) = _panels(1)
@@ -167,7 +176,7 @@ def attacked_images(x, x_attacked, titles):
     return figure
 
 
-def kernel_profile(cosines, values):
+def kernel_profile(cosines, values) -> Figure:
     """Normalised kernels against the angle between two images.
 
     Args:
@@ -183,7 +192,7 @@ def kernel_profile(cosines, values):
     return figure
 
 
-def accuracy_against_epsilon(epsilons, accuracies):
+def accuracy_against_epsilon(epsilons, accuracies) -> Figure:
     """Accuracy under attacks of growing radius; accuracies is {title: list in [0, 1]}."""
     figure, (axis,) = _panels(1)
     for title, values in accuracies.items():
@@ -194,7 +203,7 @@ def accuracy_against_epsilon(epsilons, accuracies):
     return figure
 
 
-def loss_and_gradient(histories):
+def loss_and_gradient(histories) -> Figure:
     """Figure 2: loss and input-gradient norm on watched test images while networks train.
 
     Split into images that are classified correctly and wrongly at the time; logarithmic, since both
@@ -228,7 +237,7 @@ def loss_and_gradient(histories):
     return figure
 
 
-def evidence(diagnoses):
+def evidence(diagnoses) -> Figure:
     """What a verdict rests on: which attack breaks claimed images, and a growing ball.
 
     Args:
@@ -254,7 +263,7 @@ def evidence(diagnoses):
     return figure
 
 
-def rounding(diagnoses, *, rounded, lost):
+def rounding(diagnoses, *, rounded, lost) -> Figure:
     """How sure each model is of the images it classifies correctly, and which of them PGD leaves.
 
     Args:
@@ -289,7 +298,7 @@ def rounding(diagnoses, *, rounded, lost):
     return figure
 
 
-def inverted_images(x_original, x_start, x_made):
+def inverted_images(x_original, x_start, x_made) -> Figure:
     """Robust features: the originals, what inversion starts from, and what it ends with."""
     figure, axes = plt.subplots(3, len(x_made), figsize=(1.25 * len(x_made), 4), squeeze=False)
     rows = {"original": x_original, "start": x_start, "made": x_made}

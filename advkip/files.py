@@ -6,12 +6,26 @@ import os
 import socket
 import time
 import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+"""The project's folder."""
+
+
+def find(path: str | Path) -> Path:
+    """A path of a setting: from the working directory, the one above it or the project's."""
+    path = Path(path).expanduser()
+    places = (base / path for base in (Path(), Path(".."), ROOT))
+    return next((place for place in places if place.exists()), path)
 
 
 @contextmanager
-def replacing(path):
+def replacing(path) -> Iterator[BinaryIO]:
     """An open binary file that takes the place of `path` when everything is written.
 
     A run that is cut off while it writes leaves the old file as it was.
@@ -25,7 +39,7 @@ def replacing(path):
 
 
 @contextmanager
-def taken(folder):
+def taken(folder) -> Iterator[None]:
     """Holds a folder for this process: a second one is refused until this one ends.
 
     The file `.lock` in it names the process. The system gives the lock back when the process is
@@ -56,7 +70,7 @@ def taken(folder):
             file.truncate(0)
 
 
-def digest(path):
+def digest(path) -> str:
     """16 hex digits of the content of a file, or of the files of a folder.
 
     Of an .npz these are its arrays alone: the same ones saved again have the same digest.
@@ -71,4 +85,13 @@ def digest(path):
         elif part.is_file():
             with open(part, "rb") as file:
                 found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
+def digest_of_arrays(*arrays: np.ndarray) -> str:
+    """16 hex digits of the content, shape and dtype of arrays."""
+    found = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        found.update(f"{array.dtype} {array.shape}".encode())
+        found.update(array.data)
     return found.hexdigest()[:16]

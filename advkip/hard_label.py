@@ -20,7 +20,7 @@ RAYS = 500
 """Directions that are tried, one a pass over the images that still stand."""
 
 
-def imitate(net, x, threat, *, seed):
+def imitate(net, x, threat, *, seed) -> torch.nn.Module:
     """A network that answers as `net` does on images x, on noisy copies and where attacks go.
 
     Args:
@@ -37,7 +37,7 @@ def imitate(net, x, threat, *, seed):
         torch.manual_seed(seed)
         classes = _answers(net, x[:1])[1]
         sizes = (x[0].numel(), WIDTH, WIDTH)
-        layers = [torch.nn.Flatten()]
+        layers: list[torch.nn.Module] = [torch.nn.Flatten()]
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
         copy = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, classes)).to(x.device)
@@ -56,7 +56,7 @@ def imitate(net, x, threat, *, seed):
     return copy.eval()
 
 
-def images(copy, x, y, threat, *, seed):
+def images(copy, x, y, threat, *, seed) -> list[torch.Tensor]:
     """Attacked images of an imitation, from other losses and starts: a list of tensors like x."""
     if not len(y):
         return []
@@ -69,7 +69,7 @@ def images(copy, x, y, threat, *, seed):
     return found
 
 
-def attack(copy, begin, x, y, threat, loss="margin", n_steps=20):
+def attack(copy, begin, x, y, threat, loss="margin", n_steps=20) -> torch.Tensor:
     """PGD on an imitation from `begin`: the images after the last step."""
     moved = begin
     step = 2.5 * threat.epsilon / n_steps
@@ -78,7 +78,7 @@ def attack(copy, begin, x, y, threat, loss="margin", n_steps=20):
     return moved
 
 
-def rays(net, x, y, threat, *, seed, towards=()):
+def rays(net, x, y, threat, *, seed, towards=()) -> torch.Tensor:
     """Which images have another answer in the ball, found by answers alone.
 
     The direction of each image is a vector of signs, of which blocks are turned, coarse ones first;

@@ -15,7 +15,7 @@ DARK, ALIKE = 32, 3
 images that differ by more than a factor of the second are not of one scale."""
 
 
-def images(x, *, low=0.0, high=1.0, name="images"):
+def images(x, *, low=0.0, high=1.0, name="images") -> None:
     """Raises ValueError unless x is of float images (n, H, W, C) with pixels in [low, high].
 
     Args:
@@ -35,7 +35,7 @@ def images(x, *, low=0.0, high=1.0, name="images"):
         )
 
 
-def check_layout(shape, name="images"):
+def check_layout(shape, name="images") -> None:
     """Raises ValueError unless a shape is that of images (n, H, W, C), channels last."""
     shape = tuple(shape)
     if len(shape) == 3:
@@ -53,7 +53,7 @@ def check_layout(shape, name="images"):
         )
 
 
-def check_floats(x, name="images"):
+def check_floats(x, name="images") -> None:
     """Raises ValueError unless x has a float32 or float64 dtype."""
     kind = str(x.dtype).removeprefix("torch.")
     if kind not in ("float32", "float64"):
@@ -61,7 +61,7 @@ def check_floats(x, name="images"):
         raise ValueError(f"expected {name} of float32 or float64, got {kind}; pass {hint}")
 
 
-def check_radius(norm, epsilon, shape):
+def check_radius(norm, epsilon, shape) -> None:
     """Raises ValueError if an l2 radius exceeds the distance of any two images of a shape."""
     diameter = float(np.prod(shape)) ** 0.5
     if norm == "l2" and epsilon > diameter:
@@ -71,7 +71,7 @@ def check_radius(norm, epsilon, shape):
         )
 
 
-def check_label_layout(y, n, *, vectors=True, name="y"):
+def check_label_layout(y, n, *, vectors=True, name="y") -> None:
     """Raises ValueError unless shape and dtype of y are those of `labels`; no value is looked at.
 
     Args:
@@ -93,7 +93,7 @@ def check_label_layout(y, n, *, vectors=True, name="y"):
         )
 
 
-def labels(y, n, *, n_classes=None, vectors=True, name="y"):
+def labels(y, n, *, n_classes=None, vectors=True, name="y") -> np.ndarray:
     """Labels of n images as a NumPy array: integers (n,), int64, or label vectors (n, classes).
 
     A column (n, 1), as Keras gives, is refused: it would broadcast, or count as one class.
@@ -128,7 +128,7 @@ def labels(y, n, *, n_classes=None, vectors=True, name="y"):
     return y.astype("int64")
 
 
-def part_of_data_set(x, y, part, *, in_range=True):
+def part_of_data_set(x, y, part, *, in_range=True) -> tuple[np.ndarray, np.ndarray]:
     """Images as (N, H, W, C) and integer labels (N,) of a data set's file, or a ValueError."""
     if x.ndim == 3:
         x = x[..., None]
@@ -185,7 +185,7 @@ def _scale_of(most):
     return next((white for white in (16, 255, 1023, 4095, 65535) if most <= white), most)
 
 
-def check_alike(x_train, x_test, *, distilled):
+def check_alike(x_train, x_test, *, distilled) -> None:
     """Refuses parts of another kind or scale; a distilled set is floats beside any test images."""
     if distilled:
         return

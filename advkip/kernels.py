@@ -1,48 +1,31 @@
 """Infinite-width neural tangent kernels: values and exact input derivatives, tile by tile.
 
-Three kinds of kernel share one interface:
+Three kinds of `kernel.Kernel`:
 
 - `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
   derivatives come out of one pass over the layer recursion.
 - `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `tiled`).
 - `Stax`: any `neural_tangents.stax` network, differentiated by JAX (see `tiled`).
-
-The interface is three methods, all pure and usable inside `jax.jit` (a kernel is hashable, so
-it can be a static argument):
-
-    kernel(x, s)                     K, shape (n, m); differentiable with respect to x and s
-    kernel.diagonal(x)               k(x_i, x_i), shape (n,)
-    kernel.value_and_pullback(x, s)  K and pullback; pullback(w) is, for w of shape (n, m),
-                                     sum_j w_ij d k(x_i, s_j) / d x_i, shape of x, and
-                                     sum_i w_ij d k(x_i, s_j) / d s_j, shape of s
-
-Inside jit, the one of the two that is not used costs nothing. The pullback is all that Algorithm 1
-ever needs: an attack pulls w = G alpha^T back to the attacked images, the outer step pulls
--B alpha^T back to the support (see `krr`).
-
-The kernel has a cusp where x_i = s_j: near it k falls off like |x - s|, so the derivative
-with respect to x alone depends on the direction. There the mean over all directions is
-returned, which is finite. (The diagonal of K_SS, where both arguments move together, is
-smooth: `diagonal`.)
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advkip import compat
+from advkip import compat, settings
 from advkip.devices import product
+from advkip.kernel import Kernel, as_floats
 from advkip.tiled import (
     Convolutional,
-    Kernel,
     Stax,
     arccos,
-    as_floats,
     check_architecture,
     cusp_width,
     inverse,
@@ -79,15 +62,15 @@ class FullyConnected(Kernel):
         check_architecture(self.depth, self.W_std, self.b_std)
 
     @property
-    def floats_per_pair(self):
+    def floats_per_pair(self) -> int:
         """Working floats held for one pair of images while a tile is computed."""
         return 4
 
-    def value(self, x, s):
+    def value(self, x, s) -> jax.Array:
         """K like `__call__`, without a derivative rule of its own."""
         return self._recursion(x, s, self._covariance(x, s))[0]
 
-    def diagonal(self, x):
+    def diagonal(self, x) -> jax.Array:
         """k(x_i, x_i), shape (n,): linear in |x_i|^2, so exact where arccos would round."""
         p = self._first_layer((_flat(x) ** 2).sum(1), x)
         theta = p
@@ -96,7 +79,7 @@ class FullyConnected(Kernel):
             theta = p + self.W_std**2 * theta / 2
         return theta
 
-    def value_and_pullback(self, x, s):
+    def value_and_pullback(self, x, s) -> tuple[jax.Array, Callable]:
         """K (n, m) and its pullback to x and s: a product of n m D forward, one back for each."""
         sigma = self._covariance(x, s)
         k, sigma = _in_order(self._recursion(x, s, sigma)[0], sigma)
@@ -184,12 +167,12 @@ def _flat(x):
     return as_floats(x).reshape(x.shape[0], -1)
 
 
-def stax_module():
+def stax_module() -> Any:
     """Returns `neural_tangents.stax`, importable on the installed JAX (see `compat`)."""
     return compat.load().stax
 
 
-def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
+def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> FullyConnected | Convolutional:
     """The paper's kernels by name: 'fc1', 'fc2', ... and 'conv1', 'conv2', ...
 
     'convN' has N 3x3 convolutions with SAME padding and ReLU, flattened, no pooling.
@@ -214,7 +197,12 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1):
     return kind(int(match[2]), W_std, b_std)
 
 
-def set_precision(dtype):
+def of(section: settings.Kernel) -> FullyConnected | Convolutional:
+    """The kernel of an experiment's section."""
+    return by_name(section.name, W_std=section.W_std, b_std=section.b_std)
+
+
+def set_precision(dtype) -> None:
     """Switches JAX to 'float32' or 'float64' for the whole process; call it before any array.
 
     Raises:

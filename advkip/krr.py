@@ -11,7 +11,7 @@ B = (K_SS + r I)^-1 K_ST G (S x C),
     dL/dK_SS = -B alpha^T - (diag_reg / S) sum(B * alpha) I
 
 all of rank C (plus the trace term of the relative ridge), so the kernel's pullback (see
-`kernels`) carries them to the images in tiles that are formed, used and dropped. Every tile is
+`kernel`) carries them to the images in tiles that are formed, used and dropped. Every tile is
 spread over all devices (`devices.over_rows`); K_SS and the solves are on each of them.
 
 What S a given memory allows. One array of S x S; the support, its gradient, Adam's two moments
@@ -29,7 +29,7 @@ and in float64 what half the memory allows. On accelerators JAX's own Cholesky, 
 `devices.CHOLESKY_DIRECT` rows, works in two more arrays of S x S; beyond, and on CPUs, there
 are none.
 
-`kernel` below is any object with the interface of `kernels`; S support, T target, C classes.
+`kernel` below is a `kernel.Kernel`; S support, T target, C classes.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ from advkip.devices import (
     jit,
     over_rows,
     product,
-    tile_floats,
 )
+from advkip.gram import add_ridge, add_rows, lower_gram, rows_from, rows_of_tile, square_tile
 
 RESIDUAL = 0.01
 """Largest residual of a float32 solve, relative to the largest label, that is let through."""
@@ -123,7 +123,7 @@ class Fit(NamedTuple):
     ridge: float  # r
 
 
-def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0):
+def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0) -> Fit:
     """Solves Eq. 4 for alpha by one Cholesky factorisation.
 
     Args:
@@ -179,7 +179,7 @@ ADVICE = (
 def _factorise(kernel, x_support, y_support, diag_reg, block_size):
     """A `Fit` by one factorisation in the precision of x_support."""
     k_ss = lower_gram(kernel, x_support, block_size=block_size)
-    k_ss, ridge = _add_ridge(k_ss, diag_reg)
+    k_ss, ridge = add_ridge(k_ss, diag_reg)
     if not jnp.isfinite(ridge):
         raise FloatingPointError(
             f"expected a finite kernel, got a mean diagonal that is not in {x_support.dtype}; pass "
@@ -242,46 +242,6 @@ _values = jax.jit(lambda kernel, x, s: kernel.value(x, s), static_argnums=0)
 _diagonal = jax.jit(lambda kernel, x: kernel.diagonal(x), static_argnums=0)
 
 
-def lower_gram(kernel, x, *, block_size=0):
-    """K(x, x), shape (S, S), of which only the lower triangle is filled, tile by tile.
-
-    The diagonal comes from `kernel.diagonal`, which is exact where k(x, x) would round.
-    """
-    n = len(x)
-    size = even_size(n, block_size or square_tile(kernel))
-    k = everywhere(jnp.zeros((n, n), x.dtype))
-    for row in range(-(-n // size)):
-        k = _fill_row(kernel, size, k, x, row)
-    return _fill_diagonal(kernel, k, x)
-
-
-@partial(jit, static_argnums=(0, 1), donate_argnums=2)
-def _fill_row(kernel, size, k, x, row):
-    """Tiles 0 to `row` of a row of tiles; one at the end is moved back to fit."""
-    start = jnp.minimum(row * size, len(x) - size)
-    rows = _rows(x, start, size)
-
-    def fill(column, k):
-        column = jnp.minimum(column * size, len(x) - size)
-        tile = over_rows(kernel.value, rows, _rows(x, column, size))
-        return jax.lax.dynamic_update_slice(k, tile, (start, column))
-
-    return jax.lax.fori_loop(0, row + 1, fill, k)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _fill_diagonal(kernel, k, x):
-    index = jnp.arange(len(x))
-    return k.at[index, index].set(kernel.diagonal(x))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _add_ridge(k_ss, diag_reg):
-    index = jnp.arange(len(k_ss))
-    ridge = diag_reg * jnp.diagonal(k_ss).mean()
-    return k_ss.at[index, index].add(ridge), ridge
-
-
 _solve = jax.jit(cholesky_solve)
 
 
@@ -293,7 +253,9 @@ class SupportGradient(NamedTuple):
     y_support: jax.Array  # dL/dY_S, shape (S, C)
 
 
-def support_gradient(fitted, x_target, y_target, *, loss, diag_reg, block_size=0):
+def support_gradient(
+    fitted, x_target, y_target, *, loss, diag_reg, block_size=0
+) -> SupportGradient:
     """L(f(X_T)) and its exact gradient with respect to the support (the outer steps of Eq. 7).
 
     Args:
@@ -341,7 +303,7 @@ def _pull_target(kernel, loss, size, x, alpha, x_target, y_target):
     def add(batch, sums):
         start = jnp.minimum(batch * size, n - size)
         weights = jnp.where(start + jnp.arange(size) >= batch * size, 1 / n, 0).astype(x.dtype)
-        rows = (_rows(x_target, start, size), _rows(y_target, start, size), weights)
+        rows = (rows_from(x_target, start, size), rows_from(y_target, start, size), weights)
         parts = over_rows(pull, rows, (x, alpha))
         return jax.tree.map(lambda total, part: total + part.sum(0), sums, parts)
 
@@ -365,7 +327,7 @@ def _pull_row(kernel, size, gradient, x, alpha, b, row):
     """
     i = jnp.minimum(row * size, len(x) - size)
     left, right = jnp.concatenate([b, alpha], 1), jnp.concatenate([alpha, b], 1)
-    rows, left = _rows(x, i, size), _rows(left, i, size)
+    rows, left = rows_from(x, i, size), rows_from(left, i, size)
 
     def pull(rows, columns):
         to_rows, to_columns = kernel.value_and_pullback(rows[0], columns)[1](rows[1])
@@ -375,35 +337,13 @@ def _pull_row(kernel, size, gradient, x, alpha, b, row):
         j = jnp.minimum(column * size, len(x) - size)
         index_i, index_j = i + jnp.arange(size)[:, None], j + jnp.arange(size)
         own = (index_i >= row * size) & (index_j >= column * size) & (index_i != index_j)
-        w = jnp.where(own, -product(left, _rows(right, j, size).T), 0)
-        return j, *over_rows(pull, (rows, w), _rows(x, j, size))
+        w = jnp.where(own, -product(left, rows_from(right, j, size).T), 0)
+        return j, *over_rows(pull, (rows, w), rows_from(x, j, size))
 
     def add(column, sums):
         gradient, to_rows = sums
         j, to_i, to_j = tile(column)
-        return _add_rows(gradient, to_j.sum(0), j), to_rows + to_i
+        return add_rows(gradient, to_j.sum(0), j), to_rows + to_i
 
     gradient, to_rows = jax.lax.fori_loop(0, row, add, (gradient, tile(row)[1]))
-    return _add_rows(gradient, to_rows, i)
-
-
-def _rows(x, start, size):
-    return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-
-def _add_rows(x, rows, start):
-    rows = _rows(x, start, len(rows)) + rows
-    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
-
-
-def rows_of_tile(kernel, n_columns):
-    """Rows of a tile with `n_columns` columns that hold `devices.tile_floats` working floats.
-
-    At least 256, since a product of few rows spends its time reading the other factor.
-    """
-    return max(256, tile_floats() // (kernel.floats_per_pair * n_columns))
-
-
-def square_tile(kernel):
-    """Rows, and columns, of a square tile that holds `devices.tile_floats` working floats."""
-    return int((tile_floats() / kernel.floats_per_pair) ** 0.5)
+    return add_rows(gradient, to_rows, i)

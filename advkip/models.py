@@ -3,20 +3,21 @@
 The official AutoAttack is called here, too.
 """
 
-from functools import partial
+import sys
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 
-from advkip import around, attacks, bridge, krr, nets, torch_attacks
-from advkip.config import UNTARGETED_PARTS
+from advkip import attacks, bridge, krr, nets, probes, torch_attacks
+from advkip.settings import UNTARGETED_PARTS, Attack
 
 BATCH = 100 if nets.device().type == "cpu" else 500
 """Images that a network is given at a time."""
 
 
-def wrap(model, *, seed=0, batch_size=0):
+def judged(model, *, seed=0, batch_size=0) -> "_Network":
     """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`."""
     kind = _Machine if isinstance(model, krr.KernelMachine) else _Network
     return kind(model, seed, batch_size)
@@ -68,17 +69,17 @@ class _Network:
             parts = [self.net(a) for a in self.tensor(x).split(self.batch_size)]
         return torch.cat(parts).detach().cpu().numpy()
 
-    def attack(self, name, x, y, threat, step_size):
-        """Attacked images of an attack's name without '-l2'."""
+    def attacked(self, attack: Attack, x, y, threat, step_size):
+        """Attacked images."""
         x = self.tensor(x)
         y = torch.as_tensor(y).to(x.device)
-        if not (name == "fgsm" or name.startswith("pgd")):
-            return nets.to_array(_autoattack(self.net, name, x, y, threat, self.seed))
-        if name == "fgsm":
+        if attack.kind == "fgsm":
             return nets.to_array(torch_attacks.fgsm(self.net, x, y, threat=threat))
-        steps, restarts = _numbers(name)
+        if attack.kind != "pgd":
+            return nets.to_array(_autoattack(self.net, attack.kind, x, y, threat, self.seed))
+        restarts = attack.n_restarts
         attacked = torch_attacks.pgd(
-            self.net, x, y, threat=threat, n_steps=steps, step_size=step_size,
+            self.net, x, y, threat=threat, n_steps=attack.n_steps, step_size=step_size,
             n_restarts=restarts or 1,
             generator=torch.Generator().manual_seed(self.seed) if restarts else None,
         )  # fmt: skip
@@ -99,18 +100,17 @@ class _Machine(_Network):
     def logits(self, x):
         return np.asarray(attacks.predict(self.machine, x, batch_size=self.batch_size))
 
-    def attack(self, name, x, y, threat, step_size):
-        if name == "fgsm":
-            attack = partial(attacks.fgsm, self.machine, threat=threat)
-        elif name.startswith("pgd"):
-            steps, restarts = _numbers(name)
-            attack = partial(
-                attacks.pgd, self.machine, threat=threat, n_steps=steps, step_size=step_size,
-                n_restarts=restarts or 1, key=jax.random.key(self.seed) if restarts else None,
-            )  # fmt: skip
-        else:
-            return super().attack(name, x, y, threat, step_size)
-        return np.asarray(attack(x, y))
+    def attacked(self, attack: Attack, x, y, threat, step_size):
+        if attack.kind == "fgsm":
+            return np.asarray(attacks.fgsm(self.machine, x, y, threat=threat))
+        if attack.kind != "pgd":
+            return super().attacked(attack, x, y, threat, step_size)
+        restarts = attack.n_restarts
+        found = attacks.pgd(
+            self.machine, x, y, threat=threat, n_steps=attack.n_steps, step_size=step_size,
+            n_restarts=restarts or 1, key=jax.random.key(self.seed) if restarts else None,
+        )  # fmt: skip
+        return np.asarray(found)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -156,19 +156,18 @@ def _autoattack(net, name, x, y, threat, seed):
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
     if name != "autoattack":
         adversary.attacks_to_run = [name]
-    return adversary.run_standard_evaluation(x.float(), y, batch_size=len(x))[0].to(x.dtype)
+    traced = sys.gettrace()  # its checks of the model end a debugger's or coverage's tracing
+    try:
+        attacked = adversary.run_standard_evaluation(x.float(), y, batch_size=len(x))[0]
+    finally:
+        sys.settrace(traced)
+    return attacked.to(x.dtype)
 
 
-def _numbers(name):
-    """(steps, random restarts or 0) of 'pgd40' or 'pgd40x5'."""
-    steps, _, restarts = name[3:].partition("x")
-    return int(steps), int(restarts or 0)
-
-
-def wrap_seen(model, *, x, batch_size):
-    """(the model, `wrap` of it), with a gradient of 0 if autograd sees none on images x."""
-    wrapped = wrap(model, batch_size=batch_size)
-    if not wrapped.gradient(x[:2]).size:
-        model = around.WithoutGradient(wrapped.net)
-        wrapped = wrap(model, batch_size=batch_size)
-    return model, wrapped
+def with_gradient(model, *, x, batch_size) -> tuple[Any, "_Network"]:
+    """(the model, `judged` of it), with a gradient of 0 if autograd sees none on images x."""
+    found = judged(model, batch_size=batch_size)
+    if not found.gradient(x[:2]).size:
+        model = probes.WithoutGradient(found.net)
+        found = judged(model, batch_size=batch_size)
+    return model, found

@@ -5,6 +5,7 @@ layer of the network, so that attacks work in pixels. Arrays outside are NHWC (s
 """
 
 import re
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from advkip import data
 
 
-def build(name, *, shape, n_classes, seed):
+def build(name, *, shape, n_classes, seed) -> nn.Module:
     """A network with random weights that derive from the seed alone.
 
     Args:
@@ -37,7 +38,8 @@ def build(name, *, shape, n_classes, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
         if match:
-            net = _fully_connected(height * width * channels, *map(int, match.groups()), n_classes)
+            depth, hidden = map(int, match.groups())
+            net = _fully_connected(height * width * channels, depth, hidden, n_classes)
         elif name in BUILDERS:
             net = BUILDERS[name](shape, n_classes)
         else:
@@ -117,12 +119,12 @@ class Logits(nn.Module):
         self.net = net
         self.training = False  # as the network is; exported ones refuse `eval`
 
-    def own(self):
+    def own(self) -> torch.Tensor | None:
         """A tensor of the network's device and of the dtype that its images have; None: any."""
         of_net = (*self.net.parameters(), *self.net.buffers())
         return next((t for t in of_net if t.is_floating_point()), None)
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         own = self.own()
         copy = x.clone() if own is None or own.dtype not in HALF else x.to(own.dtype, copy=True)
         logits = self.net(copy)
@@ -135,7 +137,7 @@ class Logits(nn.Module):
         return logits.float() if logits.dtype in HALF else logits
 
 
-def representation(net, x):
+def representation(net, x) -> torch.Tensor:
     """What goes into a network's last linear layer, shape (n, features), with its gradient.
 
     Raises:
@@ -158,12 +160,12 @@ def representation(net, x):
     return found[0].flatten(1)
 
 
-def device():
+def device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def to_tensor(x, *, like=None):
+def to_tensor(x, *, like=None) -> torch.Tensor:
     """NHWC array to an NCHW tensor, contiguous, so that any network can `view` it.
 
     Device and dtype are those of the tensor `like`; without one, `device()` and float32.
@@ -173,18 +175,18 @@ def to_tensor(x, *, like=None):
     return x.to(like.device, like.dtype).contiguous()
 
 
-def to_numpy(x):
+def to_numpy(x) -> np.ndarray:
     """Any tensor as an array; NumPy has no bfloat16, so that one goes as float32."""
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def to_array(x):
+def to_array(x) -> np.ndarray:
     """NCHW tensor to an NHWC array."""
     return np.moveaxis(x.detach().cpu().numpy(), 1, 3)
 
 
-def check_evaluated(net):
+def check_evaluated(net) -> None:
     """Raises ValueError unless the network and all its layers are in evaluation mode.
 
     Exported ones (`torch.export`) have the mode that they were exported in, and frozen ones none.
@@ -201,11 +203,11 @@ def _is_training(module):
     return getattr(module, "training", False) or any(map(_is_training, module.children()))
 
 
-def deterministic():
+def deterministic() -> AbstractContextManager:
     """A context in which cuDNN gives the same numbers every time, and all digits of float32."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
-def derived_seed(seed, stream, step=0):
+def derived_seed(seed, stream, step=0) -> int:
     """An integer seed for torch, of one purpose (`data.STREAMS`) and step."""
     return int(data.generator(seed, stream, step).integers(2**62))

@@ -1,14 +1,15 @@
 """How a network is trained: one frozen dataclass, and what it makes of the labels."""
 
 import dataclasses
-import json
+import typing
 
 import torch
 
 from advkip import inputs
 from advkip.attacks import Threat
-from advkip.config import LOSSES
+from advkip.config import Experiment
 from advkip.nets import device
+from advkip.settings import AdversarialTraining, Loss, Networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Recipe:
     Args:
       epochs: at most.
       learning_rate: fixed, or divided by 10 at each of `milestones`.
-      batch_size: 0 means all images at once.
+      batch_size: None means all images at once.
       optimizer: 'adam' or 'sgd' (momentum 0.9).
       milestones: epochs after which the learning rate is divided by 10.
       weight_decay: L2 penalty.
@@ -27,7 +28,7 @@ class Recipe:
       threat, step_size: of the attacks below.
       eval_every: epochs between two lines of the history.
       eval_pgd_steps: PGD steps of the robust validation accuracy.
-      patience: stop after this many epochs without a better one; 0 means never.
+      patience: stop after this many epochs without a better one; None means never.
       adversarial_steps: PGD steps, from a random start, on each training batch (Madry et al.
         2018); 0 is plain training.
       adversarial_warmup: epochs in which the radius grows from 0 to the threat's, and the step
@@ -38,7 +39,7 @@ class Recipe:
     learning_rate: float
     threat: Threat
     step_size: float
-    batch_size: int = 128
+    batch_size: int | None = 128
     optimizer: str = "adam"
     milestones: tuple[int, ...] = ()
     weight_decay: float = 0.0
@@ -46,7 +47,7 @@ class Recipe:
     target: str = "argmax"
     eval_every: int = 10
     eval_pgd_steps: int = 20
-    patience: int = 0
+    patience: int | None = None
     adversarial_steps: int = 0
     adversarial_warmup: int = 0
 
@@ -55,7 +56,7 @@ class Recipe:
             raise ValueError(
                 f"expected target 'labels', 'softmax' or 'argmax', got {self.target!r}; pass one"
             )
-        if self.loss not in LOSSES or self.optimizer not in ("adam", "sgd"):
+        if self.loss not in typing.get_args(Loss) or self.optimizer not in ("adam", "sgd"):
             raise ValueError(
                 "expected loss 'cross-entropy' or 'mse' and optimizer 'adam' or 'sgd', got "
                 f"{self.loss!r} and {self.optimizer!r}; pass one of each"
@@ -67,38 +68,30 @@ class Recipe:
             )
 
     @classmethod
-    def of(cls, experiment, *, adversarial=False):
-        """The experiment's recipe for networks, or for adversarial training.
-
-        The learning rate is the first of the grid. For convolutional networks pass
-        `experiment.for_cnns()`.
-        """
-        e = experiment
-        own = {
-            "epochs": e.net_epochs, "learning_rate": e.net_learning_rates[0],
-            "optimizer": e.net_optimizer, "milestones": e.net_milestones,
-            "weight_decay": e.net_weight_decay, "loss": e.net_loss, "target": e.net_target,
-            "eval_every": e.net_eval_every, "patience": e.net_patience,
-        }  # fmt: skip
-        if adversarial:
-            own = {
-                "epochs": e.at_epochs, "learning_rate": e.at_learning_rates[0],
-                "optimizer": e.at_optimizer, "milestones": e.at_milestones,
-                "weight_decay": e.at_weight_decay, "eval_every": e.at_eval_every,
-                "adversarial_steps": e.at_pgd_steps, "adversarial_warmup": e.at_warmup,
-            }  # fmt: skip
+    def of(cls, section: Networks | AdversarialTraining, experiment: Experiment) -> "Recipe":
+        """The recipe of a section of settings; the learning rate is the first of the grid."""
+        shared = (
+            "epochs", "batch_size", "optimizer", "milestones", "weight_decay", "eval_every",
+            "patience",
+        )  # fmt: skip
+        own = {key: getattr(section, key) for key in shared}
+        if isinstance(section, Networks):
+            own |= {"loss": section.loss, "target": section.target}
+        else:
+            own |= {"adversarial_steps": section.pgd_steps, "adversarial_warmup": section.warmup}
+        threat = experiment.threat
         return cls(
-            threat=Threat(e.norm, e.epsilon), step_size=e.step_size, batch_size=e.net_batch_size,
-            eval_pgd_steps=e.net_pgd_steps, **own,
+            learning_rate=section.learning_rates[0], threat=Threat(threat.norm, threat.epsilon),
+            step_size=threat.step_size, eval_pgd_steps=experiment.networks.pgd_steps, **own,
         )  # fmt: skip
 
-    def identity(self):
-        """The settings that a state of training depends on, as text."""
+    def identity(self) -> dict:
+        """The settings that a state of training depends on, as plain JSON values."""
         rest = dataclasses.asdict(self)
-        return json.dumps({k: v for k, v in rest.items() if k not in ("epochs", "patience")})
+        return {k: v for k, v in rest.items() if k not in ("epochs", "patience")}
 
 
-def targets(y, n, recipe):
+def targets(y, n, recipe) -> torch.Tensor:
     """What the loss compares logits with, as a tensor.
 
     Args:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from advkip import files, preflight
-from advkip.config import OUTER_SETTINGS, ignored_settings
+from advkip.config import Experiment, sections
 
 PACKAGES = (
     "jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "torchvision",
@@ -55,7 +55,7 @@ class Recorder:
         self._environment, self._began = environment(), time.time()
         self._data = preflight.digests(experiment)
 
-    def add(self, outcomes, *, model, trained_on, training, diagnosis=None, **more):
+    def add(self, outcomes, *, model, trained_on, training, diagnosis=None, **more) -> None:
         """Adds one row for each `evaluate.Outcome`; `more` are further columns.
 
         A `diagnose.Diagnosis` of the same model is kept beside them.
@@ -74,7 +74,7 @@ class Recorder:
         if diagnosis:
             self.diagnoses.append(same | diagnosis.to_dict())
 
-    def own(self):
+    def own(self) -> dict:
         """The record of this run alone: what a notebook's own tables are made from."""
         return {
             "experiment": self.experiment.to_dict(), "data": self._data,
@@ -82,56 +82,36 @@ class Recorder:
             "rows": self.rows, "diagnoses": self.diagnoses,
         }  # fmt: skip
 
-    def learning_rates(self, model, trained_on):
-        """What the notebooks before chose for plain training with these settings, as a list."""
-        if not self.path.exists():
-            return []
-        old = read(self.path)
-        rows = (row for row in old["rows"] if self._stays(row["notebook"], old))
-        asked = {"model": model, "trained_on": trained_on, "training": "plain"}
-        rates = {row.get("learning_rate") for row in rows if asked.items() <= row.items()}
-        return sorted(rates - {None})
-
     def _stays(self, notebook, old):
         """Whether what `notebook` wrote into the record `old` still belongs beside our own."""
-        pair = notebook, self.notebook
-        same = self.experiment.same_results(old["experiment"], *pair)
-        same = same and preflight.same_data(old.get("data", {}), self._data, *pair)
+        same = same_results(self.experiment, old["experiment"], notebook)
+        same = same and preflight.same_data(old.get("data", {}), self._data, notebook)
         return same and notebook != self.notebook
 
-    def write(self):
+    def write(self) -> dict:
         """Writes the file; rows that other notebooks wrote for the same settings stay."""
-        settings, digests = self.experiment.to_dict(), self._data
-        rows, diagnoses, seconds = [], [], {}
+        own = self.own()
         if self.path.exists():
             old = read(self.path)
-            rows, diagnoses = (
-                [one for one in old.get(key, []) if self._stays(one["notebook"], old)]
-                for key in ("rows", "diagnoses")
-            )
+            for key in ("rows", "diagnoses"):
+                stay = [one for one in old.get(key, []) if self._stays(one["notebook"], old)]
+                own[key] = stay + own[key]
             seconds = old["environment"].get("seconds", {})
             seconds = {k: v for k, v in seconds.items() if self._stays(k, old)}
-            if rows:
-                # This notebook was not given them, so those of its neighbours hold.
-                free = ignored_settings(self.notebook)
-                settings |= {k: v for k, v in old["experiment"].items() if k in free}
-                digests = digests | {k: v for k, v in old.get("data", {}).items() if k in free}
-        seconds = {**seconds, self.notebook: round(time.time() - self._began, 1)}
-        record = {
-            "experiment": settings,
-            "data": digests,
-            "environment": {**self._environment, "seconds": seconds},
-            "rows": rows + self.rows,
-        }
-        if diagnoses or self.diagnoses:
-            record["diagnoses"] = diagnoses + self.diagnoses
+            own["data"] = old.get("data", {}) | own["data"]
+        else:
+            seconds = {}
+        seconds |= {self.notebook: round(time.time() - self._began, 1)}
+        record = own | {"environment": {**self._environment, "seconds": seconds}}
+        if not record["diagnoses"]:
+            del record["diagnoses"]
         check(record)
         with files.replacing(self.path) as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())
         return record
 
 
-def read(path):
+def read(path) -> dict:
     """A checked record from a results.json.
 
     Raises:
@@ -147,10 +127,10 @@ def read(path):
     return record
 
 
-def check(record):
+def check(record) -> None:
     """Raises ValueError unless `record` has the layout in the module's text."""
     _need(record, ("experiment", "environment", "rows"), "")
-    _need(record["experiment"], ("dataset", "n_support"), " in 'experiment'")
+    _need(record["experiment"], ("dataset", "support"), " in 'experiment'")
     for found in record.get("diagnoses", ()):
         _need(found, DIAGNOSIS_KEYS, " in each of the diagnoses")
     for row in record["rows"]:
@@ -170,7 +150,7 @@ def _need(part, keys, where):
             raise ValueError(f"expected the key {key!r}{where}; pass a results.json of advkip.run")
 
 
-def check_folder(folder, experiment, advice):
+def check_folder(folder, experiment, advice) -> None:
     """Raises ValueError if a folder's results are of other settings than an experiment's.
 
     A run may go on with more steps. Networks are trained anew when their settings change, and
@@ -179,24 +159,65 @@ def check_folder(folder, experiment, advice):
     path = Path(folder) / "results.json"
     if not path.exists():
         return
-    old = read(path)["experiment"]
-    steps = {k: old[k] for k in ("n_steps", "kip_steps") if old[k] < getattr(experiment, k)}
-    if experiment.replace(**steps).same_results(old, "01_kernels"):
-        return
-    new = experiment.to_dict()
-    may_differ = {*steps, *OUTER_SETTINGS, *ignored_settings("01_kernels")}
-    changed = sorted(k for k in new.keys() - may_differ if old.get(k, new[k]) != new[k])
-    raise ValueError(
-        f"expected {path} to be of the same settings, got other {changed}; pass {advice}"
-    )
+    old, new = (one.of(*sections("01_kernels")) for one in (_settings(path), experiment))
+    changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    more = {
+        key for key in changed if key.endswith(".n_steps") and old.get(key, 0) < new.get(key, 0)
+    }
+    if changed - more:
+        raise ValueError(
+            f"expected {path} to be of the same settings, got other {sorted(changed - more)}; pass "
+            f"{advice}"
+        )
 
 
-def environment():
+def _settings(path):
+    try:
+        return Experiment.from_params(read(path)["experiment"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file, or pass another folder") from None
+
+
+def same_results(experiment: Experiment, settings: dict, notebook: str) -> bool:
+    """Whether a notebook's results under a record's settings are an experiment's.
+
+    Raises:
+      ValueError: settings that are not (or no longer) valid.
+    """
+    parts = sections(notebook)
+    return Experiment.from_params(settings).of(*parts) == experiment.of(*parts)
+
+
+def of_set(chosen, *, n_train: int | None = None) -> dict:
+    """Columns of a row that say which `data.TrainingSet` a model was made from."""
+    n_train = len(chosen.x) if n_train is None else n_train
+    return {"n_train": n_train, "set": files.digest_of_arrays(chosen.x, chosen.y)}
+
+
+def of_training(chosen, found, trained=None) -> dict:
+    """Columns of a row about a network of a `training.Search` on a set, and its epoch."""
+    columns = of_set(chosen) | {"learning_rate": found.learning_rate}
+    columns["set_kernel"] = chosen.kernel.name if chosen.kernel else ""
+    return columns | ({"epoch": trained.epoch} if trained else {})
+
+
+def title(model: str, trained_on: str, training: str) -> str:
+    """What figures and tables call a model."""
+    return f"{model}: {trained_on}" + ", adversarially" * (training == "adversarial")
+
+
+def folder_of(experiment: Experiment, output: str | None) -> str:
+    """Where a notebook's results go: `output`, or reports/<name> of the project."""
+    above = ".." if Path.cwd().name == "notebooks" else "."
+    return output or str(Path(above) / "reports" / experiment.name)
+
+
+def environment() -> dict:
     """Versions, commit and device of this process."""
     import jax
     import torch
 
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions: dict = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -212,9 +233,9 @@ def environment():
     }
 
 
-def commit():
+def commit() -> str | None:
     """The commit of the code, '+' appended when code or params differ from it; None without git."""
-    root = Path(__file__).parents[1]
+    root = files.ROOT
 
     def git(*arguments):
         return subprocess.run(
@@ -228,7 +249,7 @@ def commit():
         return None
 
 
-def verdict_of(found):
+def verdict_of(found) -> str:
     """The verdict; of an empty claim, records of before there was a fourth say 'genuine'."""
     nothing = found["kept"] is None and found["verdict"] == "genuine"
     return "nothing claimed" if nothing else found["verdict"]

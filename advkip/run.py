@@ -2,9 +2,8 @@
 
 All files are checked before anything runs. Each notebook of an experiment is executed by
 papermill into `reports/<name>/`, next to its figures and `results.json`. A notebook that is
-finished with the same settings is skipped; if nothing but its prose has changed since, the executed
-copy gets the new prose. One that was cut off continues from the checkpoints that `distill` left in
-that folder.
+finished with the same settings is skipped. One that was cut off continues from the checkpoints
+in that folder.
 """
 
 import argparse
@@ -13,24 +12,22 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import papermill
-import psutil
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from advkip import files, preflight, records, tables
-from advkip.config import Experiment, field_names, ignored_settings
+from advkip import files, preflight, progress, records, signals, tables
+from advkip.config import Experiment
 
 
 class NotebookError(RuntimeError):
     """A notebook ended early; the message names it, the cell and the cause."""
 
 
-def main(arguments=None):
+def main(arguments=None) -> int:
     """Runs the params files of the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):  # a terminal need not know every sign of the tables
@@ -54,7 +51,7 @@ def main(arguments=None):
     failed = {}
     for i, experiment in enumerate(experiments):
         try:
-            with _stopping_kernels() as on_cell_start:
+            with signals.stopping_kernels() as on_cell_start:
                 run(
                     experiment, options.reports, force=options.force, on_cell_start=on_cell_start
                 )  # fmt: skip
@@ -81,47 +78,6 @@ def main(arguments=None):
     return max(failed.values(), default=0)
 
 
-@contextmanager
-def _stopping_kernels():
-    """SIGINT, and SIGTERM as a cluster sends it, interrupt the kernel's cell, which then saves.
-
-    One that comes while no cell runs ends before the next. A second one ends at once. Yields what
-    is to be called before each cell.
-    """
-    sent, started = [], []
-
-    def stop(number, frame):
-        sent.append(number)
-        kernels = [one for one in psutil.Process().children() if _is_kernel(one)]
-        if len(sent) > 1 or not kernels:
-            raise KeyboardInterrupt(number)
-        print("stopping: the cell saves its state (once more ends at once)", file=sys.stderr)
-        for kernel in kernels if started else ():
-            kernel.send_signal(signal.SIGINT)
-
-    def on_cell_start(**_):
-        if sent:
-            raise KeyboardInterrupt
-        started.append(True)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield on_cell_start
-        on_cell_start()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(*sent[:1]) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _is_kernel(process):
-    try:
-        return any("ipykernel" in part for part in process.cmdline())
-    except psutil.Error:  # it has just ended
-        return False
-
-
 def _parser():
     parser = argparse.ArgumentParser("python -m advkip.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="a params file (YAML)")
@@ -129,7 +85,7 @@ def _parser():
         "--set",
         action="append",
         default=[],
-        metavar="key=value",
+        metavar="section.key=value",
         help="replaces a setting of every file; may be given several times",
     )
     parser.add_argument("--reports", default="reports", help="folder of the results")
@@ -145,7 +101,7 @@ def _parser():
     return parser
 
 
-def check_files(files, overrides=()):
+def check_files(files, overrides=()) -> list[Experiment]:
     """Experiments of params files.
 
     Raises:
@@ -175,12 +131,12 @@ def check_files(files, overrides=()):
     return experiments
 
 
-def source(notebook):
+def source(notebook) -> Path:
     """Path of a notebook's .ipynb."""
     return Path("notebooks") / f"{notebook}.ipynb"
 
 
-def run(experiment, reports="reports", *, force=False, on_cell_start=None):
+def run(experiment, reports="reports", *, force=False, on_cell_start=None) -> None:
     """Executes an experiment's notebooks into `<reports>/<name>/`.
 
     `on_cell_start(cell, cell_index)`, of keywords, is called before each cell.
@@ -202,6 +158,7 @@ def _run(experiment, folder, force, on_cell_start):
     records.check_folder(
         folder, experiment, "--set name=... for a folder of its own, or --force to replace it"
     )
+    os.environ[progress.BATCH] = "1"
     if os.environ.get("ADVKIP_DATA"):
         os.environ["ADVKIP_DATA"] = str(Path(os.environ["ADVKIP_DATA"]).expanduser().resolve())
     # It warns of settings that a notebook's parameters cell does not list; all are checked here.
@@ -215,8 +172,7 @@ def _run(experiment, folder, force, on_cell_start):
             left_over.unlink()
         parameters = parameters_for(notebook, experiment, folder)
         if not force and _finished(executed, notebook, parameters, digests):
-            renewed = _renew_prose(executed, notebook)
-            note = "" if renewed else ", with code that has changed since"
+            note = "" if _same_code(executed, notebook) else ", with code that has changed since"
             print(f"{executed}: finished{note}, skipped (--force runs it again)")
             continue
         print(f"{executed}: running", flush=True)
@@ -250,7 +206,8 @@ def _run(experiment, folder, force, on_cell_start):
 
 
 MADE = (
-    "results.json", "checkpoint-*", "kept-*", "adv-kip.npz", "kip.npz", "robust-features.npz",
+    "results.json", "distillation-*.npz", "kept-*.npz", "network-*.npz", "attacks-*.npz",
+    "inverted-*.npz", "adv-kip.npz", "kip.npz", "robust-features.npz",
 )  # fmt: skip
 """What an experiment's later notebooks read of what its earlier ones left in the folder."""
 
@@ -267,27 +224,22 @@ def _literal(path):
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def parameters_for(notebook, experiment, folder):
+def parameters_for(notebook, experiment, folder) -> dict:
     """What papermill passes: the folder, and to notebooks that take an experiment its settings.
 
-    Settings at their default are left out unless the notebook's parameters cell names them.
-
-    A notebook runs in notebooks/, so relative paths get a '..' in front.
+    Settings at their default are left out. A notebook runs in notebooks/, so a relative folder
+    gets a '..' in front.
     """
-    declared = papermill.inspect_notebook(source(notebook))
     parameters = {"output": _from_notebooks(folder)}
-    if set(declared) & set(field_names()):
-        default = Experiment().to_dict()
-        others = ignored_settings(notebook)
-        parameters |= {
-            k: v
-            for k, v in experiment.to_dict().items()
-            if (k in declared or v != default[k]) and k not in (*others, "notebooks")
-        }
-        for key in ("data_dir", "distilled_set", "robust_features"):
-            if parameters.get(key):
-                parameters[key] = _from_notebooks(Path(parameters[key]).expanduser())
+    if takes_experiment(notebook):
+        parameters |= experiment.changes()
+        parameters.pop("notebooks", None)
     return parameters
+
+
+def takes_experiment(notebook) -> bool:
+    """Whether a notebook's parameters are sections of an experiment."""
+    return bool(set(papermill.inspect_notebook(source(notebook))) & set(Experiment.model_fields))
 
 
 def _from_notebooks(path):
@@ -304,36 +256,24 @@ def _finished(executed, notebook, parameters, digests):
     old = metadata.get("papermill", {}).get("parameters", {})
 
     def settings(given):
-        return {k: v for k, v in given.items() if k in field_names()}
+        return {k: v for k, v in given.items() if k in Experiment.model_fields}
 
     try:
-        experiment = Experiment.from_params(settings(parameters))
-        same = experiment.same_results(settings(old), notebook)
+        new = Experiment.from_params(settings(parameters))
+        same = records.same_results(new, settings(old), notebook)
     except ValueError:  # settings of an older version
         return False
-    outer = [{k: v for k, v in p.items() if k not in field_names()} for p in (old, parameters)]
-    return same and bool(settings(old)) == bool(settings(parameters)) and outer[0] == outer[1]
+    return same and old.get("output") == parameters["output"]
 
 
-def _renew_prose(executed, notebook):
-    """Gives a finished notebook the source's present prose if their code is the same.
+def _same_code(executed, notebook):
+    """Whether a finished notebook's code is that of its source."""
 
-    Returns whether it is; outputs, and prose around other code, stay as they are.
-    """
-    old, new = nbformat.read(executed, 4), nbformat.read(source(notebook), 4)
-    cells = [c for c in old.cells if "injected-parameters" not in c.metadata.get("tags", ())]
+    def code(path):
+        cells = (c for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        return [c.source for c in cells if "injected-parameters" not in c.metadata.get("tags", ())]
 
-    def code(cells):
-        return [c.source if c.cell_type == "code" else None for c in cells]
-
-    if code(cells) != code(new.cells):
-        return False
-    changed = [(c, n) for c, n in zip(cells, new.cells, strict=True) if c.source != n.source]
-    for cell, renewed in changed:
-        cell.source = renewed.source
-    if changed:
-        nbformat.write(old, executed)
-    return True
+    return code(executed) == code(source(notebook))
 
 
 def _differs(notebook):
@@ -357,7 +297,7 @@ def _tidy(path, **notes):
     nbformat.write(notebook, path)
 
 
-def show(experiments, reports):
+def show(experiments, reports) -> None:
     """Prints the results table and where to look."""
     paths = [Path(reports) / e.name / "results.json" for e in experiments]
     found = [records.read(path) for path in paths if path.exists()]

@@ -1,6 +1,7 @@
 """Markdown tables of records, with the paper's numbers beside them.
 
-`python -m advkip.tables README.md reports/*/results.json` writes the table into a README.
+`python -m advkip.tables README.md reports/README.md reports/*/results.json` writes the summary
+into the one and all rows into the other.
 """
 
 import json
@@ -14,7 +15,8 @@ from statistics import mean, stdev
 import yaml
 
 from advkip import records
-from advkip.config import OUTER_SETTINGS
+from advkip.config import FREE
+from advkip.settings import Attack
 
 ADVERSARIAL = "original, adversarial training"
 
@@ -34,7 +36,7 @@ PAPER = _paper()
 {attack: accuracy in % or (mean, std)}; see paper.yaml."""
 
 
-def accuracy(found, *, tables=None, models=None):
+def accuracy(found, *, tables=None, models=None) -> str:
     """Markdown: our rows of each data set, and below them the paper's for the same data set.
 
     Ours are in groups: kernels, networks by name, adversarial training. Records that differ in
@@ -47,15 +49,21 @@ def accuracy(found, *, tables=None, models=None):
     """
     lines = defaultdict(lambda: defaultdict(dict))
     for record in found:
-        e = record["experiment"]
-        rest = {k: v for k, v in e.items() if k not in (*OUTER_SETTINGS, "name", "seed")}
+        e, seen = record["experiment"], defaultdict(list)
         # The settings keep apart what only looks alike; they are not shown.
-        settings = json.dumps(rest, sort_keys=True)
+        settings = json.dumps(_that_matter(e), sort_keys=True)
 
-        def line_of(row, e=e, settings=settings):
-            n = row.get("n_train", e["n_support"])
+        def line_of(row, e=e, settings=settings, seen=seen):
+            n = row.get("n_train", e["support"]["n_support"])
             trained_on = _trained_on(row)
-            return lines[e["dataset"], "ours", row["model"], n, trained_on, row["n_test"], settings]
+            # Of sets of one name in one record, the first, the second ...
+            known = seen[trained_on]
+            if row.get("set") not in known:
+                known.append(row.get("set"))
+            apart = f"{settings} {known.index(row.get('set'))}"
+            return lines[
+                e["dataset"]["name"], "ours", row["model"], n, trained_on, row["n_test"], apart
+            ]
 
         for row in record["rows"]:
             line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
@@ -74,7 +82,19 @@ def accuracy(found, *, tables=None, models=None):
     return "\n\n".join(_one_table(data_set, shown) for data_set in data_sets)
 
 
-def checks(diagnoses, *, columns=6):
+def _that_matter(experiment):
+    """The settings that tell experiments of several seeds apart."""
+    free = {*FREE, "seed"}
+    return {
+        key: {k: v for k, v in value.items() if f"{key}.{k}" not in free}
+        if isinstance(value, dict)
+        else value
+        for key, value in experiment.items()
+        if key not in free
+    }
+
+
+def checks(diagnoses, *, columns=6) -> str:
     """Markdown: one line a check, one column a model; what fails is in bold.
 
     A check fails when its share exceeds the limit beyond doubt (see `verdict`).
@@ -98,13 +118,13 @@ def _checks_part(diagnoses):
         ("strong", "left after every attack"),
     ):  # fmt: skip
         lines.append([name, *(f"{one[key]:.0%}" for one in found)])
-    for key in ("right", "wrong"):
+    for key, kind in (("right", "correctly classified"), ("wrong", "misclassified")):
         norms = (one["gradients"][key] for one in found)
         cells = ("-" if n is None else f"{n:.2g}" for n in norms)
-        lines.append([f"mean gradient norm, images read {key}", *cells])
+        lines.append([f"mean gradient norm, {kind} images", *cells])
     for key, part in (("partly", "at least in part"), ("wholly", "to 0")):
         shares = (f"{one['rounded'][key]:.0%}" for one in found)
-        lines.append([f"images read right whose gradient float32 rounds {part}", *shares])
+        lines.append([f"correctly classified images whose gradient float32 rounds {part}", *shares])
     for name in names:
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)
@@ -147,10 +167,11 @@ def _one_table(data_set, lines):
 
 def _rank(attack):
     """Weak attacks first, l2 after l_inf."""
-    base = attack.removesuffix("-l2")
-    steps = re.match(r"pgd(\d+)", base)
-    kind = {"clean": 0, "fgsm": 1, "autoattack": 5}.get(base, 2 if steps else 4)
-    return attack == "verdict", attack.endswith("-l2"), kind, int(steps[1]) if steps else 0, attack
+    if attack == "verdict":
+        return (True,)
+    one = Attack.parse(attack)
+    kind = {"clean": 0, "fgsm": 1, "pgd": 2, "autoattack": 5}.get(one.kind, 4)
+    return False, one.l2, kind, one.n_steps, attack
 
 
 def _cell(value):
@@ -170,18 +191,83 @@ def _cell(value):
     return f"{value:.2f}"
 
 
-def update_readme(readme, paths):
-    """The README's text with the table of results.json files between its `results` marks."""
-    start, end = "<!-- results -->\n", "<!-- /results -->"
-    text = Path(readme).read_text()
+SUMMARY = (
+    ("kernel:fc3", "kernel"), ("fc3-1024", "plain"), ("simple-cnn", "plain"),
+    ("simple-cnn", "adversarial"),
+)  # fmt: skip
+"""(model, training) of the lines of `summary`, on original images and on distilled ones."""
+
+DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
+
+
+def summary(found) -> str:
+    """Markdown: clean and AutoAttack accuracy of a few models, and the paper's AutoAttack.
+
+    Args:
+      found: a list of records (see `records.read`).
+    """
+    cells = {}
+    for record in found:
+        for row in record["rows"]:
+            if row["attack"] in ("clean", "autoattack"):
+                line = (
+                    row["model"],
+                    row["training"],
+                    row["trained_on"],
+                    record["experiment"]["dataset"]["name"],
+                )
+                images = row.get("n_train", record["experiment"]["support"]["n_support"])
+                same = images, row["n_test"], row["notebook"]
+                cells.setdefault(line, {}).setdefault(same, {})[row["attack"]] = row["accuracy"]
+    published = {
+        (data_set, model, "adversarial" if trained_on == ADVERSARIAL else "plain"): accuracies
+        for _, data_set, model, _, trained_on, accuracies in PAPER
+        if "autoattack" in accuracies
+    }
+    head = ["model, training", "data"]
+    for name in DATA_SETS.values():
+        head += [f"{name}: images", "clean", "AutoAttack", "paper"]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for model, training in SUMMARY:
+        for trained_on in ("original", "adv-kip"):
+            line = [f"{model.removeprefix('kernel:')}, {training}", trained_on]
+            for data_set in DATA_SETS:
+                of_sizes = cells.get((model, training, trained_on, data_set), {})
+                whole = [(n, one) for (n, *_), one in of_sizes.items() if "autoattack" in one]
+                n, one = whole[0] if whole else (0, {})
+                same = trained_on == ("original" if training == "adversarial" else "adv-kip")
+                theirs = published.get((data_set, model, training), {}) if same else {}
+                line += [f"{n:,}" if n else "", *(
+                    f"{100 * one[key]:.1f}" if key in one else "" for key in ("clean", "autoattack")
+                ), _cell(theirs.get("autoattack"))]  # fmt: skip
+            lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def updated(text, mark, table) -> str:
+    """A text with a table between its marks <!-- mark --> and <!-- /mark -->.
+
+    Raises:
+      ValueError: no such marks.
+    """
+    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
     before, _, rest = text.partition(start)
-    _, mark, after = rest.partition(end)
-    if not mark:
-        raise ValueError(f"expected {start.strip()} and {end} in {readme}; add them")
-    return before + start + accuracy([records.read(path) for path in paths]) + "\n" + end + after
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected {start.strip()} and {end} in the text; add them")
+    return f"{before}{start}{table}\n{end}{after}"
+
+
+def main(readme, report, *paths) -> None:
+    """Writes `summary` into a README and `accuracy` into the report's."""
+    found = [records.read(path) for path in paths]
+    for path, mark, table in ((readme, "summary", summary), (report, "results", accuracy)):
+        Path(path).write_text(updated(Path(path).read_text(), mark, table(found)))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m advkip.tables README.md reports/*/results.json")
-    Path(sys.argv[1]).write_text(update_readme(sys.argv[1], sys.argv[2:]))
+    if len(sys.argv) < 4:
+        sys.exit(
+            "usage: python -m advkip.tables README.md reports/README.md reports/*/results.json"
+        )
+    main(*sys.argv[1:])

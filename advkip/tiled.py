@@ -1,10 +1,11 @@
 """Kernels whose pairs of images are costly: evaluated a tile of pairs at a time.
 
 `Convolutional` is our own, for the paper's convolutional kernels; `Stax` takes any network of
-`neural_tangents.stax`. Both have the interface described in `kernels`, and both are differentiated
+`neural_tangents.stax`. Both are differentiated
 by JAX inside a tile only, which bounds the memory whatever the number of images.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -15,30 +16,26 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advkip.devices import product, tile_floats
-
-
-class Kernel:
-    """What all kernels share; they add `value`, `value_and_pullback` and `diagonal`."""
-
-    def __call__(self, x, s):
-        """K, shape (n, m), for images x (n, ...) and s (m, ...) of one shape; differentiable."""
-        return _differentiable(self, as_floats(x), as_floats(s))
-
-
-def as_floats(x):
-    """x, with integers as the floats of the same numbers: uint8 squares would wrap at 256."""
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(x, jnp.result_type(float))
+from advkip.kernel import Kernel, as_floats
 
 
 class Tiled(Kernel):
-    """The interface of `kernels` from `_tile(a, b)`, the kernel of a few images with a few."""
+    """A `kernel.Kernel` from `_tile(a, b)`, the kernel of a few images with a few."""
+
+    @abc.abstractmethod
+    def _tile(self, a, b):
+        """K of few images a, b."""
+
+    @abc.abstractmethod
+    def _tile_shape(self, x):
+        """How many images of the shape of x's make a tile: (rows, columns)."""
 
     @property
-    def floats_per_pair(self):
+    def floats_per_pair(self) -> int:
         """Working floats held for one pair of images outside the tiles."""
         return 2
 
-    def value(self, x, s):
+    def value(self, x, s) -> jax.Array:
         """K like `__call__`, without a derivative rule of its own."""
         x, s = as_floats(x), as_floats(s)
         r, c = self._tile_shape(x)
@@ -46,7 +43,7 @@ class Tiled(Kernel):
         k = jax.lax.map(lambda a: jax.lax.map(lambda b: self._tile(a, b), columns), rows)
         return k.swapaxes(1, 2).reshape(len(rows) * r, -1)[: len(x), : len(s)]
 
-    def value_and_pullback(self, x, s):
+    def value_and_pullback(self, x, s) -> tuple[jax.Array, Callable]:
         """K (n, m) and its pullback to x and s; the pullback recomputes each tile."""
         x, s = as_floats(x), as_floats(s)
         return self.value(x, s), Partial(partial(_pull_tiles, self), x, s)
@@ -82,27 +79,9 @@ def _split(x, size):
     return x.reshape(-1, size, *x.shape[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(kernel, x, s):
-    """kernel.value(x, s), whose derivative is the kernel's own pullback."""
-    return kernel.value(x, s)
-
-
-def _differentiable_forward(kernel, x, s):
-    return kernel.value(x, s), (x, s)
-
-
-def _differentiable_backward(kernel, residuals, w):
-    x, s = residuals
-    return kernel.value_and_pullback(x, s)[1](w)
-
-
-_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
-
-
 @dataclasses.dataclass(frozen=True)
 class Stax(Tiled):
-    """Any `neural_tangents.stax` network's NTK behind the interface of `kernels`.
+    """Any `neural_tangents.stax` network's NTK as a `kernel.Kernel`.
 
     Args:
       kernel_fn: the third value that `stax.serial(...)` returns; it takes (x1, x2, get).
@@ -122,7 +101,7 @@ class Stax(Tiled):
                 f"{self.kernel_fn!r}, {self.tile}; pass Stax(stax.serial(...)[2])"
             )
 
-    def diagonal(self, x):
+    def diagonal(self, x) -> jax.Array:
         """k(x_i, x_i), shape (n,)."""
         return jax.lax.map(lambda a: self._tile(a[None], a[None])[0, 0], as_floats(x))
 
@@ -162,7 +141,7 @@ class Convolutional(Tiled):
     def __post_init__(self):
         check_architecture(self.depth, self.W_std, self.b_std)
 
-    def diagonal(self, x):
+    def diagonal(self, x) -> jax.Array:
         """k(x_i, x_i), shape (n,): linear in the squares of x_i, exact where arccos rounds."""
         sigma = self._convolve(_pixels_first(as_floats(x) ** 2).mean(2))
         theta = sigma
@@ -286,17 +265,17 @@ def _correlation(sigma, p, q):
     return jnp.clip(sigma * (root_p * root_q), -1.0, 1.0), square
 
 
-def cusp_width(dtype):
+def cusp_width(dtype) -> float:
     """1 - c^2 below this counts as the cusp c = 1, where 1 / s is replaced by 0."""
-    return 4 * jnp.finfo(dtype).eps
+    return float(4 * jnp.finfo(dtype).eps)
 
 
-def inverse(p):
+def inverse(p) -> jax.Array:
     """1 / p, and 0 for p = 0: a zero image with b_std = 0 has kernel and derivatives 0."""
     return jnp.where(p > 0, 1 / jnp.where(p > 0, p, 1), 0)
 
 
-def angle(c, sine):
+def angle(c, sine) -> jax.Array:
     """arccos(c) of c in [-1, 1] with sine = sqrt(1 - c^2), which callers have and know better.
 
     In float32 arccos(c) = sine * poly(1 - c) for c >= 0, and pi - arccos(-c) below; the polynomial
@@ -315,7 +294,7 @@ def angle(c, sine):
     return jnp.where(c < 0, math.pi - sine * poly, sine * poly)
 
 
-def arccos(c):
+def arccos(c) -> jax.Array:
     """arccos; in float32 by Abramowitz and Stegun 4.4.46 (absolute error 2e-8, one sqrt).
 
     arccos c = sqrt(1 - c) poly(c) for c >= 0 and pi - arccos(-c) below. Where the sine is not more
@@ -333,7 +312,7 @@ def arccos(c):
     return jnp.where(c < 0, math.pi - positive, positive)
 
 
-def check_architecture(depth, W_std, b_std):
+def check_architecture(depth, W_std, b_std) -> None:
     """Raises ValueError unless depth >= 1, W_std > 0 and b_std >= 0."""
     if depth < 1 or not W_std > 0 or not b_std >= 0:
         raise ValueError(

@@ -5,6 +5,7 @@ so put it into evaluation mode first.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -12,7 +13,7 @@ from advkip import inputs
 from advkip.attacks import check_numbers
 
 
-def project(x, x_original, threat):
+def project(x, x_original, threat) -> torch.Tensor:
     """Nearest point of the ball around `x_original`, then of the pixel range."""
     delta = x - x_original
     if threat.norm == "linf":
@@ -26,17 +27,17 @@ def _l2(delta):
     return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.dim() - 1))
 
 
-def cross_entropy(logits, y):
+def cross_entropy(logits, y) -> torch.Tensor:
     """Per-image cross-entropy, shape (n,); y integers (n,) or distributions (n, C)."""
     return torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
 
-def mse(logits, y):
+def mse(logits, y) -> torch.Tensor:
     """Per-image squared error |y - logits|^2 / 2, shape (n,) (paper Eq. 6), of label vectors y."""
     return ((logits - y) ** 2).sum(1) / 2
 
 
-def margin(logits, y):
+def margin(logits, y) -> torch.Tensor:
     """Largest wrong logit minus the right one, shape (n,); y integers (n,). Positive: fooled.
 
     It cannot saturate as the cross-entropy does (Carlini and Wagner 2017).
@@ -45,14 +46,14 @@ def margin(logits, y):
     return logits.masked_fill(right, -torch.inf).amax(1) - logits[right]
 
 
-def dlr(logits, y):
+def dlr(logits, y) -> torch.Tensor:
     """Difference of logits ratio, shape (n,): `margin` over the gap from the largest to the third
     logit, so that no factor of the logits changes it (Croce and Hein 2020). 3 classes or more."""
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
-def log_odds(logits, y):
+def log_odds(logits, y) -> torch.Tensor:
     """log((1 - p) / p) of the softmax p of the right class, shape (n,); y integers (n,).
 
     The cross-entropy is log(1 + exp(log_odds)), so both have gradients of one direction, and PGD,
@@ -73,7 +74,9 @@ LOSSES = {
 }  # fmt: skip
 
 
-def input_gradient(net, x, y, *, loss="cross-entropy"):
+def input_gradient(
+    net, x, y, *, loss="cross-entropy"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(losses (n,), d loss / dx of the shape of x, logits) of the images x."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -83,14 +86,14 @@ def input_gradient(net, x, y, *, loss="cross-entropy"):
     return losses.detach(), gradient, logits.detach()
 
 
-def fgsm(net, x, y, *, threat, loss="cross-entropy"):
+def fgsm(net, x, y, *, threat, loss="cross-entropy") -> torch.Tensor:
     """Fast gradient sign method: one PGD step of length epsilon (Goodfellow et al. 2015)."""
     return pgd(net, x, y, threat=threat, n_steps=1, step_size=threat.epsilon, loss=loss)
 
 
 def pgd(
     net, x, y, *, threat, n_steps, step_size, loss="cross-entropy", n_restarts=1, generator=None
-):
+) -> torch.Tensor:
     """Projected gradient ascent on the loss (paper Eq. 8; Madry et al. 2018), as `attacks.pgd`.
 
     Args:
@@ -112,7 +115,7 @@ def pgd(
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     inputs.check_label_layout(y, len(x))
-    best = None
+    best: tuple | None = None
     for _ in range(n_restarts):
         attacked = x if generator is None else random_start(x, threat, generator)
         for point in ascent(net, attacked, x, y, threat, n_steps, step_size, loss):
@@ -120,10 +123,12 @@ def pgd(
         if n_restarts == 1:
             return attacked
         best = _worse(net, attacked, y, loss, best)
-    return best[0]
+    return best[0] if best else x
 
 
-def ascent(net, start, x, y, threat, n_steps, step_size, loss="cross-entropy"):
+def ascent(
+    net, start, x, y, threat, n_steps, step_size, loss="cross-entropy"
+) -> Iterator[torch.Tensor]:
     """The images after each step of `pgd`, one after another, from `start` in the ball of x."""
     attacked = start
     for _ in range(n_steps):
@@ -155,7 +160,7 @@ def _worse(net, attacked, y, loss, best):
     )
 
 
-def random_start(x, threat, generator):
+def random_start(x, threat, generator) -> torch.Tensor:
     """Uniform in the ball, then in the pixel range."""
 
     def draw(function, shape):
@@ -170,7 +175,7 @@ def random_start(x, threat, generator):
     return project(x + noise, x, threat)
 
 
-def distance(x, x_original, norm):
+def distance(x, x_original, norm) -> torch.Tensor:
     """Per-image distance in the given norm, shape (n,) (`attacks.distance`)."""
     delta = (x - x_original).flatten(1)
     return delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)

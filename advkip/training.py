@@ -7,8 +7,6 @@ nothing.
 
 import copy
 import dataclasses
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from advkip import data, files, inputs, nets, torch_attacks
+from advkip import data, files, inputs, nets, store, torch_attacks
 from advkip.nets import derived_seed, device, to_tensor
+from advkip.progress import tqdm
 from advkip.recipe import Recipe as Recipe
 from advkip.recipe import targets
 
@@ -44,6 +42,7 @@ class Trained(NamedTuple):
     clean: float  # their clean validation accuracy
     history: list  # dicts; see `train`
     stopped: str  # "epochs", "patience" or "diverged"
+    resumed: int = 0  # epochs that a checkpoint had; all of them if nothing was trained now
 
 
 class Watched(NamedTuple):
@@ -55,15 +54,16 @@ class Watched(NamedTuple):
     y_test: np.ndarray | None = None
 
 
-def watched(splits, n, *, seed):
+def watched(splits, n, *, seed) -> Watched:
     """n validation images and n test images of `data.Splits`, or all where there are fewer."""
-    n_test = n if n < len(splits.x_test) else 0
-    return Watched(
-        splits.x_validation[:n], splits.y_validation[:n], *data.draw_test(splits, n_test, seed=seed)
-    )
+    test = data.draw_test(splits, n, seed=seed)
+    return Watched(splits.x_validation[:n], splits.y_validation[:n], *test)
 
 
-def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=True):
+def train(
+    net, x, y, *, recipe: Recipe, watched: Watched, seed: int = 0, checkpoint_dir=None,
+    label: str = "network", progress: bool = True,
+) -> Trained:  # fmt: skip
     """Trains a network, without augmentation, and keeps the weights that validate best.
 
     Weights are chosen, and training stops, by robust validation accuracy (PGD from the image
@@ -86,6 +86,7 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
         when network, images, labels, recipe (but for epochs and patience) and seed are the same;
         None for none. A line is also written at the last epoch, whatever eval_every is, and on
         interruption the state after the last whole epoch.
+      label: the checkpoint's name begins with it.
       progress: shows a bar.
 
     Returns:
@@ -99,8 +100,8 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
     _check_images(x, watched)
     run = _Run(net, x, y, recipe, watched, seed)
     parts = {"": watched[:2]} | ({"test_": watched[2:]} if watched.x_test is not None else {})
-    parts = {key: (to_tensor(a), torch.as_tensor(b).to(device())) for key, (a, b) in parts.items()}
-    path = checkpoint_dir and Path(checkpoint_dir) / f"checkpoint-net-{run.identity}.pt"
+    seen = {key: (to_tensor(a), torch.as_tensor(b).to(device())) for key, (a, b) in parts.items()}
+    path = checkpoint_dir and Path(checkpoint_dir) / f"{label}-{store.digest(run.about)}.npz"
     if path and path.exists():
         run.load(path)
         if run.epoch > recipe.epochs:
@@ -109,6 +110,7 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
                 f"{path.name}; pass as many epochs or more, or delete the file"
             )
 
+    resumed = run.epoch
     with tqdm(
         total=recipe.epochs, initial=run.epoch, disable=not progress, mininterval=1,
         desc="adversarial training" if recipe.adversarial_steps else "training", unit="epoch",
@@ -118,10 +120,10 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
             while not (reason := run.finished()):
                 run.advance()
                 if due := run.epoch % recipe.eval_every == 0 or run.epoch == recipe.epochs:
-                    run.look(parts)
+                    run.validate(seen)
                 state = path and run.state()
                 if path and due:
-                    _save(path, state)
+                    run.save(path, state)
                 bar.update(run.epoch - bar.n)
                 if run.history:
                     line = run.history[-1]
@@ -130,11 +132,12 @@ def train(net, x, y, *, recipe, watched, seed=0, checkpoint_dir=None, progress=T
                         refresh=False,
                     )
         except KeyboardInterrupt:
-            if path:
-                _save(path, state)
+            if path and run.epoch:
+                run.save(path, state)
             raise
     net.load_state_dict(run.best)
-    return Trained(net.eval(), run.best_epoch, *run.best_score, run.history, reason)
+    score, clean = run.best_score
+    return Trained(net.eval(), run.best_epoch, score, clean, run.history, reason, resumed)
 
 
 def _check_images(x, watched):
@@ -157,83 +160,33 @@ def _check_images(x, watched):
                 )
 
 
-class Search(NamedTuple):
-    """Networks of one kind on one training set."""
-
-    best: list  # a `Trained` of the chosen learning rate for each seed
-    learning_rate: float
-    runs: dict  # {learning rate: Trained} of the first seed
-
-
-def search(
-    name, x, y, *, recipe, learning_rates, watched, seeds, checkpoint_dir=None, progress=True
-):
-    """Trains a network with each learning rate, chooses on validation images, repeats for seeds.
-
-    Args:
-      name: of `nets.build`.
-      x, y, watched, checkpoint_dir, progress: as for `train`; y label vectors (N, classes).
-      recipe: a `Recipe`, whose learning rate is replaced.
-      learning_rates: the grid.
-      seeds: integers; the grid is run with the first, the others with the chosen rate.
-
-    Returns:
-      A `Search`. A rate is chosen as `train` chooses an epoch; one whose training diverged is kept
-      as a `Trained` without a network.
-
-    Raises:
-      FloatingPointError: training diverged with every rate.
-    """
-
-    def run(rate, seed):
-        net = nets.build(name, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
-        return train(
-            net, x, y, recipe=dataclasses.replace(recipe, learning_rate=rate), watched=watched,
-            seed=seed, checkpoint_dir=checkpoint_dir, progress=progress,
-        )  # fmt: skip
-
-    def try_rate(rate):
-        try:
-            return run(rate, seeds[0])
-        except FloatingPointError:
-            return Trained(None, 0, 0.0, 0.0, [], "diverged")
-
-    runs = {rate: try_rate(rate) for rate in learning_rates}
-    good = {rate: one for rate, one in runs.items() if one.stopped != "diverged"}
-    if not good:
-        raise FloatingPointError(
-            f"expected a learning rate in {list(learning_rates)} with a finite loss, got none; "
-            "pass smaller ones"
-        )
-    enough = max(one.clean for one in good.values()) - CLEAN_MARGIN
-    best = max(
-        (rate for rate in good if good[rate].clean >= enough),
-        key=lambda rate: (good[rate].score, good[rate].clean),
-    )
-    return Search([runs[best], *(run(best, seed) for seed in seeds[1:])], best, runs)
-
-
 class _Run:
     """The state of one training."""
 
     def __init__(self, net, x, y, recipe, watched, seed):
         self.net, self.recipe, self.seed = net, recipe, seed
         self.x, self.y = to_tensor(x), targets(y, len(x), recipe)
-        make = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD
-        options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
-        if recipe.optimizer == "sgd":
-            options["momentum"] = 0.9
-        self.optimizer = make(net.parameters(), **options)
+        self.optimizer = self.make_optimizer(net)
         self.epoch, self.loss, self.history, self.seconds = 0, float("nan"), [], 0.0
         # A distilled set may leave the pixel range; attacks on its images then may, too.
         low, high = min(recipe.threat.low, x.min()), max(recipe.threat.high, x.max())
         self.threat = dataclasses.replace(recipe.threat, low=float(low), high=float(high))
-        self.best, self.best_epoch, self.best_score = None, 0, (-1.0, -1.0)
-        identity = hashlib.sha256(f"{net} {recipe.identity()} {seed} {x.shape}".encode())
-        images = [a for a in watched if a is not None]
-        for array in (x, y, *images, *(v.cpu().numpy() for v in net.state_dict().values())):
-            identity.update(np.ascontiguousarray(array))
-        self.identity = identity.hexdigest()[:12]
+        self.best, self.best_epoch = copy.deepcopy(net.state_dict()), 0
+        self.best_score = (-1.0, -1.0)
+        arrays = (x, y, *(a for a in watched if a is not None))
+        self.about = {
+            "net": str(net), "seed": seed, **recipe.identity(),
+            "images and weights": files.digest_of_arrays(
+                *arrays, *map(nets.to_numpy, net.state_dict().values())
+            ),
+        }  # fmt: skip
+
+    def make_optimizer(self, net):
+        recipe = self.recipe
+        options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "sgd":
+            return torch.optim.SGD(net.parameters(), momentum=0.9, **options)
+        return torch.optim.Adam(net.parameters(), **options)
 
     def finished(self):
         if self.epoch >= self.recipe.epochs:
@@ -290,13 +243,13 @@ class _Run:
             step_size=grown * recipe.step_size, loss=recipe.loss, generator=noise,
         )  # fmt: skip
 
-    def look(self, parts):
+    def validate(self, parts):
         """Adds a line to the history and keeps the weights if they are the best so far."""
         self.net.eval()
         line = {"epoch": self.epoch, "seconds": round(self.seconds, 2), "loss": self.loss}
         for prefix, (x, y) in parts.items():
             with nets.deterministic():
-                found = look(self.net, x, y, self.recipe)
+                found = robust_accuracies(self.net, x, y, self.recipe)
             split = {k: found.pop(k) for k in list(found) if "_" in k}
             line |= {prefix + key: value for key, value in found.items()}
             if prefix:
@@ -310,39 +263,38 @@ class _Run:
             self.best = copy.deepcopy(self.net.state_dict())
 
     def state(self):
-        """A copy of all that the run is."""
-        notes = {
-            "epoch": self.epoch, "loss": self.loss, "history": self.history,
-            "seconds": self.seconds, "best_epoch": self.best_epoch, "best_score": self.best_score,
-        }  # fmt: skip
-        return copy.deepcopy({
-            "notes": json.dumps(notes), "net": self.net.state_dict(), "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-        })  # fmt: skip
+        """(tree, notes): a copy of all that the run is."""
+        notes = {k: getattr(self, k) for k in _NOTES}
+        parts = {"net": self.net, "optimizer": self.optimizer}
+        tree = {key: part.state_dict() for key, part in parts.items()}
+        return copy.deepcopy((tree | {"best": self.best}, notes))
+
+    def save(self, path, state):
+        tree, notes = state
+        store.save(path, tree, about=self.about, notes=notes)
 
     def load(self, path):
-        try:
-            state = torch.load(path, map_location=device(), weights_only=True)
-            notes = json.loads(state["notes"])
-            self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except Exception as error:
-            raise ValueError(
-                f"expected a checkpoint in {path}, got a file that cannot be read "
-                f"({type(error).__name__}); delete the file to start again"
-            ) from error
-        self.best = state["best"]
-        for key, value in notes.items():
-            setattr(self, key, tuple(value) if key == "best_score" else value)
+        # An optimiser has its moments from its first step on.
+        net = copy.deepcopy(self.net)
+        for weights in net.parameters():
+            weights.grad = torch.zeros_like(weights)
+        stepped = self.make_optimizer(net)
+        stepped.step()
+        like = {"net": net.state_dict(), "optimizer": stepped.state_dict(), "best": self.best}
+        tree, notes = store.load(path, like, about=self.about)
+        self.net.load_state_dict(tree["net"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        self.best = tree["best"]
+        for key in _NOTES:
+            setattr(self, key, notes[key])
+        self.best_score = tuple(self.best_score)
 
 
-def _save(path, state):
-    """Writes the state aside first, so that a cut-off write leaves the old file whole."""
-    with files.replacing(path) as file:
-        torch.save(state, file)
+_NOTES = ("epoch", "loss", "history", "seconds", "best_epoch", "best_score")
+"""Parts of a run that are no weights or moments."""
 
 
-def look(net, x, y, recipe):
+def robust_accuracies(net, x, y, recipe: Recipe) -> dict:
     """Accuracies, and loss and input-gradient norm by right and wrong, of a net on images.
 
     Args:

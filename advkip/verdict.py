@@ -82,25 +82,43 @@ class Diagnosis(NamedTuple):
     clean: float
     claimed: float  # accuracy under FGSM and PGD, worst case of each image
     strong: float  # what of it is left after every attack
-    kept: tuple  # strong / claimed with its 95 % interval: (share, low, high); None without claim
+    kept: (
+        tuple[float, float, float] | None
+    )  # strong / claimed with its 95 % interval: (share, low, high); None without claim
     checks: list  # `verdict.Check`s
     broken: dict  # {attack: share of the claimed images that it breaks}
     sweep: dict  # {radius: accuracy under PGD, worst case over the radii so far}
     gradients: dict  # {"right", "wrong"}: mean input-gradient norm of such images; None: no such
-    rounded: dict  # {"partly", "wholly"}: share of images read right, log-odds > ROUNDED, LOST
+    rounded: dict  # {"partly", "wholly"}: share of correct images with log-odds > ROUNDED, LOST
     log_odds: np.ndarray  # (n,): of the right class, large where the model is sure
-    right: np.ndarray  # bool (n,): images that are read correctly
+    right: np.ndarray  # bool (n,): images that are classified correctly
     withstood: np.ndarray  # bool (n,): the claimed ones of them
-    left: np.ndarray  # bool (n,): images that withstood everything
+    robust: np.ndarray  # bool (n,): images that withstood everything
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Plain JSON values, without the images."""
         fields = self._asdict()
-        for images in ("log_odds", "right", "withstood", "left"):
+        for images in ("log_odds", "right", "withstood", "robust"):
             fields.pop(images)
         fields["checks"] = [check._asdict() for check in self.checks]
         fields["sweep"] = {f"{radius:g}": value for radius, value in self.sweep.items()}
         return fields
+
+
+def findings(diagnoses: dict[str, Diagnosis]) -> list[str]:
+    """A sentence about each model: what is claimed of it, what is left, what takes the most."""
+    found = []
+    for title, one in diagnoses.items():
+        text = (
+            f"**{title}** is *{one.verdict}*: of {one.n} images {one.claimed:.0%} withstand FGSM "
+            f"and PGD, {one.strong:.0%} everything"
+        )
+        if one.verdict != NOTHING_CLAIMED and any(one.broken.values()):
+            share, attack = max((share, attack) for attack, share in one.broken.items())
+            text += f"; *{attack}* breaks the most, {share:.0%} of the claim"
+        failed = [check.name for check in one.checks if check.passed is False]
+        found.append(text + (f"; failed: {', '.join(failed)}." if failed else "."))
+    return found
 
 
 class Check(NamedTuple):
@@ -113,20 +131,22 @@ class Check(NamedTuple):
     text: str  # what the value is a share of
 
 
-def check(name, count, total, limit, text):
+def check(name, count, total, limit, text) -> Check:
     """The `Check` of count in total images; None, or a total of 0: it could not be asked."""
     if count is None or not total:
         return Check(name, None, limit, None, text)
     return Check(name, float(count / total), limit, interval(count, total)[0] <= limit, text)
 
 
-def interval(count, total):
+def interval(count, total) -> tuple[float, float]:
     """(low, high) of a share, 95 % (Wilson 1927)."""
     found = binomtest(int(count), int(total)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
 
-def judge(n_left, n_claimed, n, checks, *, constant=False):
+def judge(
+    n_left, n_claimed, n, checks, *, constant=False
+) -> tuple[str, list[str], tuple[float, float, float] | None]:
     """The verdict of the module's text.
 
     Args:

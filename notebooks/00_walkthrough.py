@@ -39,7 +39,7 @@ output: str = "../reports/scratch"  # where the figures go
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, krr, values
+from advkip import attacks, checked, data, distill, evaluate, figures, kernels, krr
 from advkip.config import Experiment
 
 # %% [markdown]
@@ -50,11 +50,15 @@ from advkip.config import Experiment
 
 # %%
 digits = data.load("digits")
-with values.named(n_support="n_images", epsilon="radius", n_steps="outer_steps", seed="root_seed"):
-    experiment = Experiment(
-        dataset="digits", kernel="fc3", seed=root_seed, n_support=n_images, n_target=200,
-        epsilon=radius, step_size=radius / 4, n_steps=outer_steps, n_validation=200,
-    )  # fmt: skip
+named = {
+    "support.n_support": "n_images", "threat.epsilon": "radius", "adv_kip.n_steps": "outer_steps",
+    "epsilon": "radius", "seed": "root_seed",
+}  # fmt: skip
+with checked.named(named):
+    experiment = Experiment.from_params({
+        "seed": root_seed, "support": {"n_support": n_images, "n_target": 200},
+        "threat": {"epsilon": radius, "step_size": radius / 4}, "adv_kip": {"n_steps": outer_steps},
+    })  # fmt: skip
     splits = data.split(digits, experiment)
 {key: value.shape for key, value in splits._asdict().items() if key.startswith("x_")}
 
@@ -82,8 +86,8 @@ angles = np.linspace(0, np.pi / 2, 100)
 circle = jnp.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1))
 profiles = {}
 for net in ("fc1", "fc3", "fc7"):
-    values = kernels.by_name(net)(circle, circle[:1])[:, 0]
-    profiles[net] = values / values[0]
+    similarity = kernels.by_name(net)(circle, circle[:1])[:, 0]
+    profiles[net] = similarity / similarity[0]
 figures.save(figures.kernel_profile(np.cos(angles), profiles), output, "walkthrough_kernel")
 
 # %% [markdown]
@@ -98,9 +102,9 @@ figures.save(figures.kernel_profile(np.cos(angles), profiles), output, "walkthro
 # mind; it is what makes the rest possible.
 
 # %%
-ntk = kernels.by_name(experiment.kernel)
+ntk = kernels.of(experiment.kernel)
 x_support, y_support = distill.initial_support(experiment, splits)
-original = krr.fit(ntk, x_support, y_support, diag_reg=experiment.diag_reg).machine
+original = krr.fit(ntk, x_support, y_support, diag_reg=experiment.kernel.diag_reg).machine
 predicted = original(splits.x_test).argmax(1)
 print(f"{n_images} images, test accuracy {(predicted == splits.y_test).mean():.1%}")
 
@@ -123,7 +127,7 @@ before = evaluate.evaluate(
 fooled = np.flatnonzero(before[0].right & ~before[-1].right)[:8]
 attacked = before[-1].x_attacked[fooled]
 wrong = np.asarray(original(attacked).argmax(1))
-titles = [f"{a} read as {b}" for a, b in zip(splits.y_test[fooled], wrong, strict=True)]
+titles = [f"{a} taken for {b}" for a, b in zip(splits.y_test[fooled], wrong, strict=True)]
 figures.save(
     figures.attacked_images(splits.x_test[fooled], attacked, titles), output, "walkthrough_attack"
 )

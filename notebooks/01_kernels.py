@@ -33,39 +33,44 @@
 # %% [markdown]
 # ## The experiment
 #
-# Below are the settings that one changes most; every other field of
-# `advkip.config.Experiment` can be set here in the same way. A params file sets them all at once:
-# `python -m advkip.run params/digits.yaml`. Distances are in pixel units: 0.3 of the range from
-# black (0) to white (1), and 8/255 for what is often written "8".
+# Below are the settings that one changes most, in sections; `advkip/settings.py` has them all. A
+# params file sets them at once: `python -m advkip.run params/digits.yaml`. Distances are in pixel
+# units: 0.3 of the range from black (0) to white (1), and "8/255" for what is often written "8".
 
 # %% tags=["parameters"]
 seed: int = 0  # every random choice derives from it
-dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
-data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-kernel: str = "fc3"  # fc1, fc2, ... or conv1, conv2, ...
-n_support: int = 100  # S: images that are optimised
-n_target: int = 100  # T: images that each outer step attacks
-n_validation: int = 200  # held out of the training images, for every choice
-epsilon: float = 0.2  # attack radius, l_inf, pixel units
-step_size: float = 0.05  # PGD step, pixel units
-pgd_steps: int = 10  # steps of the inner maximum
-eval_pgd_steps: int = 10  # steps of PGD in the tables
-n_steps: int = 60  # outer steps
-learning_rate: float = 1.0e-2  # Adam, images
-label_learning_rate: float = 1.0e-2  # Adam, labels
-kip_steps: int = 60  # outer steps of the baseline
-output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
+dataset: dict = {  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own in `folder`
+    "name": "digits",
+    "folder": None,  # None: the environment variable ADVKIP_DATA
+    "n_validation": 200,  # held out of the training images, for every choice
+}
+kernel: dict = {"name": "fc3"}  # fc1, fc2, ... or conv1, conv2, ...
+support: dict = {
+    "n_support": 100,  # S: images that are optimised
+    "n_target": 100,  # T: images that each outer step attacks
+}
+threat: dict = {"norm": "linf", "epsilon": 0.2, "step_size": 0.05}  # pixel units
+adv_kip: dict = {
+    "n_steps": 60,  # outer steps
+    "learning_rate": 1.0e-2,  # Adam, images
+    "label_learning_rate": 1.0e-2,  # Adam, labels
+    "pgd_steps": 10,  # steps of the inner maximum
+    "eval_pgd_steps": 10,  # steps of PGD in the tables
+}
+kip: dict = {"n_steps": 60}  # the baseline; None leaves it out
+output: str = None  # where checkpoints, figures and results.json go; None: reports/<name>
 
 # %%
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, krr, records, tables
+from advkip import data, distill, evaluate, figures, kernels, records, sets, tables
 from advkip.config import Experiment
 
-experiment = Experiment.from_notebook(globals())
-kernels.set_precision(experiment.dtype)
-recorder = records.Recorder(experiment, output, "01_kernels")
+experiment = Experiment.from_notebook(globals(), "01_kernels")
+kernels.set_precision(experiment.kernel.dtype)
+folder = records.folder_of(experiment, output)
+recorder = records.Recorder(experiment, folder, "01_kernels")
 experiment.changes()  # all else is at its default
 
 # %% [markdown]
@@ -77,7 +82,7 @@ experiment.changes()  # all else is at its default
 # at them alone. *Test* images are touched once, at the end.
 
 # %%
-images = data.load(experiment.dataset, experiment.data_dir)
+images = data.load(experiment.dataset.name, experiment.dataset.folder)
 splits = data.split(images, experiment)
 {key: value.shape for key, value in splits._asdict().items() if key.startswith("x_")}
 
@@ -101,13 +106,12 @@ splits = data.split(images, experiment)
 # sets that classify well. Does it also make them robust?
 
 # %%
-settings = {"adv-kip": experiment, "kip": experiment.as_kip()}
 distilled = {
-    method: distill.distill(settings[method], splits, checkpoint_dir=output)
+    method: distill.distill(experiment, splits, method=method, checkpoint_dir=folder)
     for method in experiment.methods
 }
 for method, result in distilled.items():
-    distill.save(f"{output}/{method}.npz", result, settings[method], images)
+    distill.save(f"{folder}/{method}.npz", result, experiment, images)
     print(f"{method}: best after {result.step} outer steps, ended by {result.stopped}")
 
 # %% [markdown]
@@ -118,7 +122,7 @@ for method, result in distilled.items():
 
 # %%
 histories = {method: result.history for method, result in distilled.items()}
-figures.save(figures.training_curves(histories), output, "figure1_training_curves")
+figures.save(figures.training_curves(histories), folder, "figure1_training_curves")
 
 # %% [markdown]
 # The same runs, with clean accuracy on the horizontal axis. Up is more robust, right is more
@@ -126,7 +130,7 @@ figures.save(figures.training_curves(histories), output, "figure1_training_curve
 # being paid for with accuracy: how long one trains (and how fast) chooses a point on it.
 
 # %%
-figures.save(figures.trade_off(histories), output, "trade_off")
+figures.save(figures.trade_off(histories), folder, "trade_off")
 
 # %% [markdown]
 # ## Figure 4: input gradients
@@ -136,7 +140,7 @@ figures.save(figures.trade_off(histories), output, "trade_off")
 # gradients look like. On its own it proves neither.
 
 # %%
-figures.save(figures.gradient_norms(histories), output, "figure4_gradient_norm")
+figures.save(figures.gradient_norms(histories), folder, "figure4_gradient_norm")
 
 # %% [markdown]
 # ## Figures 5 and 6: what was written into the images
@@ -145,9 +149,9 @@ figures.save(figures.gradient_norms(histories), output, "figure4_gradient_norm")
 for method, result in distilled.items():
     figure = figures.before_and_after(
         result.x_initial, result.y_initial, result.x_support, result.y_support,
-        dataset=experiment.dataset,
+        dataset=experiment.dataset.name,
     )  # fmt: skip
-    display(Markdown(f"**{method}**"), figures.save(figure, output, f"figure5_images_{method}"))
+    display(Markdown(f"**{method}**"), figures.save(figure, folder, f"figure5_images_{method}"))
 
 # %% [markdown]
 # ## Tables 1, 2 and 9: test accuracy
@@ -160,23 +164,20 @@ for method, result in distilled.items():
 # %%
 supports = {"original": distill.initial_support(experiment, splits)}
 supports |= {method: (r.x_support, r.y_support) for method, r in distilled.items()}
-ntk = kernels.by_name(experiment.kernel, W_std=experiment.W_std, b_std=experiment.b_std)
-threat = attacks.Threat(experiment.norm, experiment.epsilon)
 costs = {
     method: {"outer_step": r.step, "distill_seconds": r.history[-1]["seconds"]}
     for method, r in distilled.items()
 }
+steps = (experiment.adv_kip or experiment.kip).eval_pgd_steps
+protocol = evaluate.Protocol.of(experiment).with_attacks("fgsm", f"pgd{steps}")
+
+# %%
 outcomes = {}
-for trained_on, support in supports.items():
-    machine = krr.fit(
-        ntk, *support, diag_reg=experiment.diag_reg, block_size=experiment.block_size
-    ).machine
-    outcomes[trained_on] = evaluate.evaluate(
-        machine, splits.x_test, splits.y_test, threat=threat, step_size=experiment.step_size,
-        attack_names=["fgsm", f"pgd{experiment.eval_pgd_steps}"], keep=24,
-    )  # fmt: skip
+for trained_on, images_and_labels in supports.items():
+    machine = sets.machine(data.TrainingSet(*images_and_labels, experiment.kernel), experiment)
+    outcomes[trained_on] = protocol(machine, splits.x_test, splits.y_test, keep=24)
     recorder.add(
-        outcomes[trained_on], model=f"kernel:{experiment.kernel}", trained_on=trained_on,
+        outcomes[trained_on], model=f"kernel:{experiment.kernel.name}", trained_on=trained_on,
         training="kernel", **costs.get(trained_on, {}),
     )  # fmt: skip
 recorder.write()
@@ -192,15 +193,11 @@ display(Markdown(tables.accuracy([recorder.own()], tables=("1", "2", "9"), model
 # What PGD does to test images that the most robust of the machines above classifies correctly:
 
 # %%
-best = max(outcomes, key=lambda key: outcomes[key][-1].accuracy)
-index = np.flatnonzero(outcomes[best][0].right[:24])[:8]
-names = figures.class_names(experiment.dataset, splits.y_test[index])
-survived = outcomes[best][-1].right[index]
-titles = [f"{y}, {'stays' if ok else 'falls'}" for y, ok in zip(names, survived, strict=True)]
-figures.save(
-    figures.attacked_images(splits.x_test[index], outcomes[best][-1].x_attacked[index], titles),
-    output, "attacked_test_images",
-)  # fmt: skip
+clean, _, pgd = max(outcomes.values(), key=lambda found: found[-1].accuracy)
+figure = figures.attacks_survived(
+    splits.x_test, splits.y_test, clean, pgd, dataset=experiment.dataset.name
+)
+figures.save(figure, folder, "attacked_test_images")
 
 # %% [markdown]
 # ## Checks
@@ -211,10 +208,9 @@ figures.save(
 for result in distilled.values():
     assert np.isfinite(result.x_support).all() and np.isfinite(result.y_support).all()
     assert all(np.isfinite(list(line.values())).all() for line in result.history)
-for clean, fgsm, pgd in outcomes.values():
-    assert clean.accuracy >= fgsm.accuracy >= pgd.accuracy
-    moved = attacks.distance(pgd.x_attacked, splits.x_test[:24], experiment.norm)
-    assert moved.max() <= experiment.epsilon + evaluate.TOLERANCE
+for found in outcomes.values():
+    evaluate.check_order(found)
+    evaluate.check_inside(found, splits.x_test)
 
 # %% [markdown]
 # ## What it means

@@ -34,51 +34,57 @@
 # ## The experiment
 #
 # The set comes from notebook 01 of the same experiment (it is distilled here if it is not there
-# yet), or from any `.npz` file that `distilled_set` names. Every other field of
-# `advkip.config.Experiment` can be set here, too.
+# yet), or from any `.npz` file: put its path in the place of "adv-kip". `advkip/settings.py` has
+# all settings.
 
 # %% tags=["parameters"]
 seed: int = 0  # every random choice derives from it
-dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
-data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-distilled_set: str = ""  # a .npz to train on; "" means the set of notebook 01
-kernel: str = "fc3"  # that the set is (or was) distilled with
-fc_nets: list = ["fc3-256"]  # hidden layers and width
-net_learning_rates: list = [1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3]  # Adam; validation images choose
-net_epochs: int = 60  # at most
-net_loss: str = "mse"  # with "labels" as they are, or "cross-entropy" with "softmax" or "argmax"
-net_target: str = "labels"
-net_n_test: int = 50  # test images of the table; 0 means all
-net_attacks: list = ["fgsm", "pgd20", "autoattack"]
-output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
+dataset: dict = {"name": "digits", "folder": None}  # as in notebook 01
+kernel: dict = {"name": "fc3"}  # that the set is (or was) distilled with
+networks: dict = {
+    "sets": ["adv-kip", "original"],  # also "kip", or the path of an .npz
+    "n_original": 500,  # original images; None: all
+    "n_seeds": 1,
+}
+fully_connected: dict = {
+    "nets": ["fc3-256"],  # hidden layers and width
+    "epochs": 60,  # at most
+    "learning_rates": [1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3],  # Adam; validation images choose
+    "loss": "mse",  # with "labels" as they are, or "cross-entropy" with "softmax" or "argmax"
+    "target": "labels",
+}
+evaluation: dict = {
+    "attacks": ["fgsm", "pgd20", "autoattack"],
+    "n_test": 50,  # test images of the table; None: all
+}
+output: str = None  # where checkpoints, figures and results.json go; None: reports/<name>
 
 # %%
-import re
-
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, records, tables, training
+from advkip import data, evaluate, figures, kernels, records, search, sets, tables, training
 from advkip.config import Experiment
 
-experiment = Experiment.from_notebook(globals())
-kernels.set_precision(experiment.dtype)
-recorder = records.Recorder(experiment, output, "02_transfer")
+experiment = Experiment.from_notebook(globals(), "02_transfer")
+kernels.set_precision(experiment.kernel.dtype)
+folder = records.folder_of(experiment, output)
+recorder = records.Recorder(experiment, folder, "02_transfer")
 experiment.changes()  # all else is at its default
 
 # %% [markdown]
 # ## Data
 #
-# Two training sets: the distilled one, with its learned label vectors (`net_target` says what is
-# made of them), and original images as the yardstick. A robust figure means little without it: a
-# small network that is stopped early keeps some accuracy under attack on *any* data. The sizes
-# below are not the same; the original set should not be the smaller one.
+# Two training sets: the distilled one, with its learned label vectors (`fully_connected.target`
+# says what is made of them), and original images as the yardstick. A robust figure means little
+# without it: a small network that is stopped early keeps some accuracy under attack on *any* data.
+# The sizes below are not the same; the original set should not be the smaller one.
 
 # %%
-images = data.load(experiment.dataset, experiment.data_dir)
+images = data.load(experiment.dataset.name, experiment.dataset.folder)
 splits = data.split(images, experiment)
-sets = distill.training_sets(experiment, splits, images, output)
-{key: (chosen.x.shape, chosen.y.shape) for key, chosen in sets.items()}
+chosen = sets.load(experiment.networks.sets, experiment, splits, images, folder)
+{of_set: (one.x.shape, one.y.shape) for of_set, one in chosen.items()}
 
 # %% [markdown]
 # ## Training
@@ -92,16 +98,13 @@ sets = distill.training_sets(experiment, splits, images, output)
 # the epochs of a run, as long as clean accuracy is within ten points of the best seen.
 
 # %%
-watched = training.watched(splits, experiment.n_watch, seed=experiment.seed)
+watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+train = search.Trainer(experiment, watched, folder)
 searches = {
-    (net, chosen): training.search(
-        net, sets[chosen].x, sets[chosen].y, recipe=training.Recipe.of(experiment),
-        watched=watched, learning_rates=experiment.net_learning_rates,
-        seeds=experiment.net_seed_list(), checkpoint_dir=output,
-    )
-    for net in experiment.fc_nets
-    for chosen in sets
-}  # fmt: skip
+    (net, of_set): train(net, of_set, one)
+    for net in experiment.fully_connected.nets
+    for of_set, one in chosen.items()
+}
 
 # %% [markdown]
 # ## Sensitivity to the learning rate
@@ -112,7 +115,7 @@ searches = {
 titles = {key: f"{key[0]} on {key[1]}" for key in searches}
 figures.save(
     figures.learning_rates({titles[key]: found for key, found in searches.items()}),
-    output, "learning_rates",
+    folder, "learning_rates",
 )  # fmt: skip
 
 # %% [markdown]
@@ -122,7 +125,7 @@ figures.save(
 # %%
 histories = {titles[key]: found.best[0].history for key, found in searches.items()}
 figures.save(
-    figures.training_curves(histories, against="epoch", images="test"), output, "transfer_curves"
+    figures.training_curves(histories, against="epoch", images="test"), folder, "transfer_curves"
 )
 
 # %% [markdown]
@@ -134,35 +137,25 @@ figures.save(
 # AutoAttack on the kernel machine itself is the subject of a later notebook.
 
 # %%
-x_test, y_test = data.draw_test(splits, experiment.net_n_test, seed=experiment.seed)
-threat = attacks.Threat(experiment.norm, experiment.epsilon)
-threat_l2 = attacks.Threat("l2", experiment.epsilon_l2)
+x_test, y_test = data.draw_test(splits, experiment.evaluation.n_test, seed=experiment.seed)
+protocol = evaluate.Protocol.of(experiment, folder)
 outcomes = {}
-for (net, chosen), found in searches.items():
-    for trained, net_seed in zip(found.best, experiment.net_seed_list(), strict=True):
-        outcomes[net, chosen, net_seed] = evaluate.evaluate(
-            trained.net, x_test, y_test, threat=threat, step_size=experiment.step_size,
-            threat_l2=threat_l2, step_size_l2=experiment.step_size_l2, seed=experiment.seed,
-            attack_names=experiment.net_attacks, keep=8, checkpoint_dir=output,
-        )  # fmt: skip
+for (net, of_set), found in searches.items():
+    for trained, net_seed in zip(found.best, experiment.net_seeds(), strict=True):
+        outcomes[net, of_set, net_seed] = protocol(trained.net, x_test, y_test, keep=8)
         recorder.add(
-            outcomes[net, chosen, net_seed], model=net, trained_on=chosen, training="plain",
-            seed=net_seed, n_train=len(sets[chosen].x), set_kernel=sets[chosen].kernel,
-            epoch=trained.epoch, learning_rate=found.learning_rate,
+            outcomes[net, of_set, net_seed], model=net, trained_on=of_set, training="plain",
+            seed=net_seed, **records.of_training(chosen[of_set], found, trained),
         )  # fmt: skip
 
 # %%
-for chosen, made in ((key, one) for key, one in sets.items() if one.kernel):
-    machine = distill.machine(made, experiment)
-    outcomes["kernel", chosen, made.kernel] = evaluate.evaluate(
-        machine, x_test, y_test, threat=threat, step_size=experiment.step_size,
-        threat_l2=threat_l2, step_size_l2=experiment.step_size_l2, seed=experiment.seed,
-        attack_names=[a for a in experiment.net_attacks if re.match("fgsm|pgd", a)],
-        keep=8, checkpoint_dir=output,
-    )  # fmt: skip
+light = protocol.with_attacks(*evaluate.without_autoattack(protocol.attack_names))
+for of_set, made in ((key, one) for key, one in chosen.items() if one.kernel):
+    model = f"kernel:{made.kernel.name}"
+    outcomes[model, of_set] = light(sets.machine(made, experiment), x_test, y_test, keep=8)
     recorder.add(
-        outcomes["kernel", chosen, made.kernel], model=f"kernel:{made.kernel}",
-        trained_on=chosen, training="kernel", n_train=len(made.x),
+        outcomes[model, of_set], model=model, trained_on=of_set, training="kernel",
+        **records.of_set(made),
     )  # fmt: skip
 recorder.write()
 

@@ -34,33 +34,39 @@
 # ## The experiment
 #
 # The set comes from notebook 01 of the same experiment (it is distilled here if it is not there
-# yet), or from any `.npz` file that `distilled_set` names.
+# yet), or from any `.npz` file: put its path in the place of "adv-kip".
 
 # %% tags=["parameters"]
 seed: int = 0  # every random choice derives from it
-dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
-data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-distilled_set: str = ""  # a .npz to train on; "" means the set of notebook 01
-cnns: list = ["simple-cnn"]  # simple-cnn, alexnet, vgg11
-n_original: int = 500  # original training images; 0 means all
-net_learning_rates: list = [1.0e-3]  # Adam; validation images choose
-net_epochs: int = 60  # at most
-at_learning_rates: list = [2.0e-3]  # of adversarial training
-at_epochs: int = 20
-net_n_test: int = 50  # test images of the table; 0 means all
-net_attacks: list = ["fgsm", "pgd20", "autoattack", "pgd20-l2"]
-output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
+dataset: dict = {"name": "digits", "folder": None}  # as in notebook 01
+networks: dict = {
+    "sets": ["adv-kip", "original"],  # also "kip", or the path of an .npz
+    "n_original": 500,  # original images, plain and adversarial; None: all
+    "n_seeds": 1,
+}
+cnns: dict = {
+    "nets": ["simple-cnn"],  # simple-cnn, alexnet, vgg11
+    "epochs": 60,  # at most
+    "learning_rates": [1.0e-3],  # Adam; validation images choose
+}
+adversarial_training: dict = {"epochs": 20, "learning_rates": [2.0e-3]}  # None leaves it out
+evaluation: dict = {
+    "attacks": ["fgsm", "pgd20", "autoattack"],  # -l2 behind a name: in the ball threat_l2
+    "n_test": 50,  # test images of the table; None: all
+}
+output: str = None  # where checkpoints, figures and results.json go; None: reports/<name>
 
 # %%
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import attacks, data, distill, evaluate, figures, kernels, records, tables, training
+from advkip import data, evaluate, figures, kernels, records, search, sets, tables, training
 from advkip.config import Experiment
 
-experiment = Experiment.from_notebook(globals())
-kernels.set_precision(experiment.dtype)
-recorder = records.Recorder(experiment, output, "03_cnns")
+experiment = Experiment.from_notebook(globals(), "03_cnns")
+kernels.set_precision(experiment.kernel.dtype)
+folder = records.folder_of(experiment, output)
+recorder = records.Recorder(experiment, folder, "03_cnns")
 experiment.changes()  # all else is at its default
 
 # %% [markdown]
@@ -70,10 +76,10 @@ experiment.changes()  # all else is at its default
 # training.
 
 # %%
-images = data.load(experiment.dataset, experiment.data_dir)
+images = data.load(experiment.dataset.name, experiment.dataset.folder)
 splits = data.split(images, experiment)
-sets = distill.training_sets(experiment, splits, images, output)
-{key: (chosen.x.shape, chosen.y.shape) for key, chosen in sets.items()}
+chosen = sets.load(experiment.networks.sets, experiment, splits, images, folder)
+{of_set: (one.x.shape, one.y.shape) for of_set, one in chosen.items()}
 
 # %% [markdown]
 # ## Training: what is changed is the data ...
@@ -83,17 +89,13 @@ sets = distill.training_sets(experiment, splits, images, output)
 # surprise of the paper.
 
 # %%
-watched = training.watched(splits, experiment.n_watch, seed=experiment.seed)
+watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+train = search.Trainer(experiment, watched, folder)
 searches = {
-    (net, chosen, "plain"): training.search(
-        net, sets[chosen].x, sets[chosen].y, watched=watched,
-        recipe=training.Recipe.of(experiment.for_cnns()),
-        learning_rates=experiment.for_cnns().net_learning_rates, seeds=experiment.net_seed_list(),
-        checkpoint_dir=output,
-    )
-    for net in experiment.cnns
-    for chosen in sets
-}  # fmt: skip
+    (net, of_set, "plain"): train(net, of_set, one)
+    for net in experiment.cnns.nets
+    for of_set, one in chosen.items()
+}
 
 # %% [markdown]
 # ## ... or the training
@@ -103,20 +105,13 @@ searches = {
 # attack.
 
 # %%
-if experiment.at_epochs and "original" in sets:
+if experiment.adversarial_training and "original" in chosen:
     searches |= {
-        (net, "original", "adversarial"): training.search(
-            net, sets["original"].x, sets["original"].y, watched=watched,
-            recipe=training.Recipe.of(experiment, adversarial=True),
-            learning_rates=experiment.at_learning_rates,
-            seeds=experiment.net_seed_list(), checkpoint_dir=output,
+        (net, "original", "adversarial"): train(
+            net, "original", chosen["original"], adversarially=True
         )
-        for net in experiment.cnns
-    }  # fmt: skip
-titles = {
-    (net, chosen, how): f"{net}: {chosen}" + (", adversarial training" * (how == "adversarial"))
-    for net, chosen, how in searches
-}
+        for net in experiment.cnns.nets
+    }
 
 # %% [markdown]
 # ## Figure 3: accuracy while a network trains
@@ -126,10 +121,10 @@ titles = {
 # the shape with that of adversarial training, where both rise together.
 
 # %%
-histories = {titles[key]: found.best[0].history for key, found in searches.items()}
+histories = {records.title(*key): found.best[0].history for key, found in searches.items()}
 figures.save(
     figures.training_curves(histories, against="epoch", images="test"),
-    output, "figure3_training_curves",
+    folder, "figure3_training_curves",
 )  # fmt: skip
 
 # %% [markdown]
@@ -140,21 +135,15 @@ figures.save(
 # same ball; attacks that end in `-l2` search a ball of their own.
 
 # %%
-x_test, y_test = data.draw_test(splits, experiment.net_n_test, seed=experiment.seed)
-threat = attacks.Threat(experiment.norm, experiment.epsilon)
-threat_l2 = attacks.Threat("l2", experiment.epsilon_l2)
+x_test, y_test = data.draw_test(splits, experiment.evaluation.n_test, seed=experiment.seed)
+protocol = evaluate.Protocol.of(experiment, folder)
 outcomes = {}
-for (net, chosen, how), found in searches.items():
-    for trained, net_seed in zip(found.best, experiment.net_seed_list(), strict=True):
-        outcomes[net, chosen, how, net_seed] = evaluate.evaluate(
-            trained.net, x_test, y_test, threat=threat, step_size=experiment.step_size,
-            threat_l2=threat_l2, step_size_l2=experiment.step_size_l2, seed=experiment.seed,
-            attack_names=experiment.net_attacks, keep=24, checkpoint_dir=output,
-        )  # fmt: skip
+for (net, of_set, how), found in searches.items():
+    for trained, net_seed in zip(found.best, experiment.net_seeds(), strict=True):
+        outcomes[net, of_set, how, net_seed] = protocol(trained.net, x_test, y_test, keep=24)
         recorder.add(
-            outcomes[net, chosen, how, net_seed], model=net, trained_on=chosen, training=how,
-            seed=net_seed, n_train=len(sets[chosen].x), set_kernel=sets[chosen].kernel,
-            epoch=trained.epoch, learning_rate=found.learning_rate,
+            outcomes[net, of_set, how, net_seed], model=net, trained_on=of_set, training=how,
+            seed=net_seed, **records.of_training(chosen[of_set], found, trained),
         )  # fmt: skip
 recorder.write()
 
@@ -170,19 +159,13 @@ display(Markdown(tables.accuracy([recorder.own()], tables=("5", "6", "7"))))
 # network has to draw, that of another adds what looks like noise.
 
 # %%
-for (net, chosen, how, net_seed), results in outcomes.items():
-    for one in [one for one in results[1:] if one.norm == experiment.norm][-2:]:
-        shown = np.flatnonzero(results[0].right[:24])[:8]
-        names = figures.class_names(experiment.dataset, y_test[shown])
-        pairs = zip(names, one.right[shown], strict=True)
-        signs = [f"{y}, {'stays' if ok else 'falls'}" for y, ok in pairs]
-        display(
-            Markdown(f"**{titles[net, chosen, how]}**, {one.attack}"),
-            figures.save(
-                figures.attacked_images(x_test[shown], one.x_attacked[shown], signs),
-                output, f"{one.attack}_{net}_{chosen}_{how}_{net_seed}",
-            ),
-        )  # fmt: skip
+for (*model, net_seed), results in outcomes.items():
+    for one in [one for one in results[1:] if one.norm == experiment.threat.norm][-2:]:
+        figure = figures.attacks_survived(
+            x_test, y_test, results[0], one, dataset=experiment.dataset.name
+        )
+        display(Markdown(f"**{records.title(*model)}**, {one.attack}"))
+        display(figures.save(figure, folder, f"{one.attack}_{'_'.join(model)}_{net_seed}"))
 
 # %% [markdown]
 # ## Checks
@@ -193,9 +176,7 @@ for found in searches.values():
         assert all(np.isfinite(line["loss"]) for line in trained.history)
 for results in outcomes.values():
     evaluate.check_order(results)
-    for one in results[1:]:
-        moved = attacks.distance(one.x_attacked, x_test[:24], one.norm)
-        assert moved.max() <= one.epsilon + evaluate.TOLERANCE
+    evaluate.check_inside(results, x_test)
 
 # %% [markdown]
 # ## What it means

@@ -41,50 +41,56 @@
 
 # %% tags=["parameters"]
 seed: int = 0  # every random choice derives from it
-dataset: str = "digits"  # digits, mnist, fashion_mnist, cifar10, or a <name>.npz of your own
-data_dir: str = ""  # folder of .npz files; "" means the environment variable ADVKIP_DATA
-diagnosed_sets: list = ["adv-kip", "original", "robust-features"]  # and "kip"
-robust_features: str = ""  # a folder with CIFAR_ims and CIFAR_lab, or a .npz; "" makes the set
-fc_nets: list = []  # hidden layers and width, as ["fc3-256"]
-cnns: list = ["simple-cnn"]  # simple-cnn, alexnet, vgg11
-at_nets: list = ["simple-cnn"]  # adversarially trained; the first one makes the robust features
-at_sets: list = ["original"]  # adversarial training uses; a choice of diagnosed_sets
-n_original: int = 500  # original training images; 0 means all
-net_learning_rates: list = [1.0e-3]  # Adam; validation images choose
-net_epochs: int = 60  # at most
-at_learning_rates: list = [2.0e-3]  # of adversarial training
-at_epochs: int = 20
-robust_steps: int = 30  # gradient steps behind each image of robust features
-net_n_test: int = 50  # test images of the table; 0 means all
-net_attacks: list = ["fgsm", "pgd20", "autoattack", "pgd20-l2"]
-n_diagnose: int = 20  # test images of a verdict; 100 or more say something
-output: str = "../reports/scratch"  # where checkpoints, figures and results.json go
+dataset: dict = {"name": "digits", "folder": None}  # as in notebook 01
+networks: dict = {"n_original": 500, "n_seeds": 1}  # original images, plain and adversarial
+fully_connected: dict = {"nets": []}  # hidden layers and width, as ["fc3-256"]
+cnns: dict = {
+    "nets": ["simple-cnn"],  # simple-cnn, alexnet, vgg11
+    "epochs": 60,  # at most
+    "learning_rates": [1.0e-3],  # Adam; validation images choose
+}
+adversarial_training: dict = {
+    "nets": ["simple-cnn"],  # the first one makes the robust features
+    "sets": ["original"],  # a choice of diagnosis.sets
+    "epochs": 20,
+    "learning_rates": [2.0e-3],
+}
+robust_features: dict = {"n_steps": 30}  # gradient steps behind each image
+diagnosis: dict = {
+    # also "kip", the path of an .npz, or a folder with the published CIFAR_ims and CIFAR_lab
+    "sets": ["adv-kip", "original", "robust-features"],
+    "n_images": 20,  # test images of a verdict; 100 or more say something
+}
+evaluation: dict = {
+    "attacks": ["fgsm", "pgd20", "autoattack"],  # -l2 behind a name: in the ball threat_l2
+    "n_test": 50,  # test images of the table; None: all
+}
+output: str = None  # where checkpoints, figures and results.json go; None: reports/<name>
 
 # %%
 import numpy as np
 from IPython.display import Markdown, display
 
 from advkip import (
-    attacks,
     data,
     diagnose,
-    distill,
     evaluate,
-    features,
     figures,
     kernels,
     records,
+    search,
+    sets,
     tables,
     torch_attacks,
     training,
     verdict,
-)
+)  # fmt: skip
 from advkip.config import Experiment
 
-experiment = Experiment.from_notebook(globals())
-experiment.check_diagnosis()
-kernels.set_precision(experiment.dtype)
-recorder = records.Recorder(experiment, output, "04_shortcomings")
+experiment = Experiment.from_notebook(globals(), "04_shortcomings")
+kernels.set_precision(experiment.kernel.dtype)
+folder = records.folder_of(experiment, output)
+recorder = records.Recorder(experiment, folder, "04_shortcomings")
 experiment.changes()  # all else is at its default
 
 # %% [markdown]
@@ -93,24 +99,17 @@ experiment.changes()  # all else is at its default
 # Three of the sets need no network: original images, KIP's, and adv-KIP's.
 
 # %%
-images = data.load(experiment.dataset, experiment.data_dir)
+images = data.load(experiment.dataset.name, experiment.dataset.folder)
 splits = data.split(images, experiment)
-watched = training.watched(splits, experiment.n_watch, seed=experiment.seed)
-wanted = [one for one in experiment.diagnosed_sets if one != "robust-features"]
-sets = distill.training_sets(experiment, splits, images, output, wanted)
-original = data.draw_original(
-    splits, experiment.n_original, seed=experiment.seed, center=experiment.center_labels
-)
-adversarially = {
-    "recipe": training.Recipe.of(experiment, adversarial=True),
-    "learning_rates": experiment.at_learning_rates, "seeds": experiment.net_seed_list(),
-    "watched": watched, "checkpoint_dir": output,
-}  # fmt: skip
-robust_nets = experiment.at_nets if experiment.at_epochs else ()
+chosen = sets.load(experiment.diagnosis.sets, experiment, splits, images, folder)
+original = data.draw_original(experiment, splits)
+watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+train = search.Trainer(experiment, watched, folder)
+robust_nets = getattr(experiment.adversarial_training, "nets", ())
 searches = {
-    (net, "original", "adversarial"): training.search(net, original.x, original.y, **adversarially)
+    (net, "original", "adversarial"): train(net, "original", original, adversarially=True)
     for net in robust_nets
-}  # fmt: skip
+}
 
 # %% [markdown]
 # ## Robust features
@@ -120,59 +119,45 @@ searches = {
 # represents the original. Its label is that of the original. They found that plain training on it
 # gives some robustness: "robustness from data alone", years before adv-KIP. It is loaded from the
 # published files, or made here with the adversarially trained network above. The distance is that
-# of the representations, relative to the start. (With `robust_noise`, as on MNIST, noise is mixed
-# into the start: such a network ignores dark pixels, so on black ones it has no gradient.)
+# of the representations, relative to the start. (With `robust_features.noise`, as on MNIST, noise
+# is mixed into the start: such a network ignores dark pixels, so on black ones it has no gradient.)
 
 # %%
-if "robust-features" in experiment.diagnosed_sets and experiment.robust_features:
-    sets["robust-features"] = features.training_set(
-        experiment.robust_features, shape=splits.x_test.shape[1:], n_classes=splits.n_classes,
-        center=experiment.center_labels,
+if sets.ROBUST_FEATURES in experiment.diagnosis.sets:
+    made = sets.invert(
+        searches[robust_nets[0], "original", "adversarial"].best[0].net, original, experiment,
+        folder,
     )  # fmt: skip
-elif "robust-features" in experiment.diagnosed_sets:
-    made = features.generate(
-        next(iter(searches.values())).best[0].net, original.x, original.y,
-        n=min(experiment.n_robust or experiment.n_support, len(original.x)),
-        steps=experiment.robust_steps, step_size=experiment.robust_step_size,
-        noise=experiment.robust_noise, seed=experiment.seed, checkpoint_dir=output,
-    )  # fmt: skip
-    sets["robust-features"] = data.TrainingSet(made.x, made.y)
-    figure = figures.inverted_images(made.x_original[:10], made.x_start[:10], made.x[:10])
+    chosen[sets.ROBUST_FEATURES] = data.TrainingSet(made.x, made.y)
     print(f"mean distance to the original's representation: {made.distance.mean():.2f}")
-    display(figures.save(figure, output, "robust_features"))
-{key: (chosen.x.shape, chosen.y.shape) for key, chosen in sets.items()}
+    figure = figures.inverted_images(made.x_original[:10], made.x_start[:10], made.x[:10])
+    display(figures.save(figure, folder, "robust_features"))
+{of_set: (one.x.shape, one.y.shape) for of_set, one in chosen.items()}
 
 # %% [markdown]
 # ## Plain training on each set
 #
-# The same networks and the same recipe throughout. Learning rates are chosen by PGD accuracy on
-# validation images, if notebooks 02 and 03 have not done so before. KIP's set takes the rate of
-# adv-KIP's, so that nothing differs but the data.
+# The same networks and the same recipe throughout; a network that notebook 02 or 03 has trained is
+# taken from there. Learning rates are chosen by PGD accuracy on validation images. KIP's set takes
+# the rate of adv-KIP's, so that nothing differs but the data.
 
 # %%
-order = sorted(sets, key=lambda one: one not in ("adv-kip", "original"))
-for net in experiment.diagnosed_nets or (*experiment.fc_nets, *experiment.cnns):
-    settings = experiment if net.startswith("fc") else experiment.for_cnns()
-    for chosen in order:
-        rates = recorder.learning_rates(net, chosen) or settings.net_learning_rates
-        if chosen == "kip" and (net, "adv-kip", "plain") in searches:
-            rates = [searches[net, "adv-kip", "plain"].learning_rate]
-        searches[net, chosen, "plain"] = training.search(
-            net, sets[chosen].x, sets[chosen].y, watched=watched, learning_rates=rates,
-            recipe=training.Recipe.of(settings), seeds=experiment.net_seed_list(),
-            checkpoint_dir=output,
-        )  # fmt: skip
+order = sorted(chosen, key=lambda of_set: of_set not in ("adv-kip", "original"))
+for net in experiment.diagnosed_nets():
+    for of_set in order:
+        like = searches.get((net, "adv-kip", "plain")) if of_set == "kip" else None
+        rates = [like.learning_rate] if like else None
+        searches[net, of_set, "plain"] = train(net, of_set, chosen[of_set], learning_rates=rates)
 
 # %% [markdown]
 # Adversarial training needs no special data; what does it make of these sets? (Off by default:
-# `at_sets` names them.)
+# `adversarial_training.sets` names them.)
 
 # %%
-for net in robust_nets:
-    for chosen in (one for one in sets if one in experiment.at_sets and one != "original"):
-        searches[net, chosen, "adversarial"] = training.search(
-            net, sets[chosen].x, sets[chosen].y, **adversarially
-        )
+for net in robust_nets:  # those on original images are there already
+    for of_set in experiment.adversarial_training.sets:
+        one = chosen.get(of_set, original)
+        searches[net, of_set, "adversarial"] = train(net, of_set, one, adversarially=True)
 
 # %% [markdown]
 # ## Figure 2: where the gradients go
@@ -186,19 +171,15 @@ for net in robust_nets:
 
 # %%
 shown = [
-    (net, chosen, how)
-    for net, chosen, how in searches
-    if net in experiment.cnns[:1]
-    and (chosen == "original" if how == "adversarial" else chosen != "kip")
+    (net, of_set, how)
+    for net, of_set, how in searches
+    if net in experiment.cnns.nets[:1] and of_set != ("kip" if how == "plain" else "")
 ]
-histories = {
-    f"{net}: {chosen}" + ", adversarially" * (how == "adversarial"): searches[
-        net, chosen, how
-    ].best[0].history
-    for net, chosen, how in shown
-}  # fmt: skip
+shown = [key for key in shown if key[1:] == ("original", "adversarial") or key[2] == "plain"]
+histories = {records.title(*key): searches[key].best[0].history for key in shown}
 if histories:
-    display(figures.save(figures.loss_and_gradient(histories), output, "figure2_loss_and_gradient"))
+    figure = figures.loss_and_gradient(histories)
+    display(figures.save(figure, folder, "figure2_loss_and_gradient"))
 
 # %% [markdown]
 # ## Kernel machines
@@ -211,9 +192,11 @@ if histories:
 
 # %%
 machines = {
-    chosen: distill.machine(one, experiment)
-    for chosen, one in sets.items()
-    if experiment.diagnose_kernels
+    (f"kernel:{(one.kernel or experiment.kernel).name}", of_set, "kernel"): sets.machine(
+        one, experiment
+    )
+    for of_set, one in chosen.items()
+    if experiment.diagnosis.kernels
 }
 
 # %% [markdown]
@@ -229,56 +212,41 @@ machines = {
 # (`advkip.diagnose` states the thresholds and where they come from.)
 
 # %%
-x_test, y_test = data.draw_test(splits, experiment.net_n_test, seed=experiment.seed)
-threat = attacks.Threat(experiment.norm, experiment.epsilon)
-ball = {
-    "threat": threat, "step_size": experiment.step_size, "seed": experiment.seed,
-    "checkpoint_dir": output,
-}  # fmt: skip
-ball_l2 = {
-    "threat_l2": attacks.Threat("l2", experiment.epsilon_l2),
-    "step_size_l2": experiment.step_size_l2,
-}
-models = {
-    (f"kernel:{sets[key].kernel or experiment.kernel}", key, "kernel"): one
-    for key, one in machines.items()
-}
-models |= {key: found.best[0].net for key, found in searches.items()}
-titles = {
-    (kind, chosen, how): f"{kind}: {chosen}" + ", adversarially" * (how == "adversarial")
-    for kind, chosen, how in models
-}
+x_test, y_test = data.draw_test(splits, experiment.evaluation.n_test, seed=experiment.seed)
+protocol = evaluate.Protocol.of(experiment, folder)
+models = machines | {key: found.best[0].net for key, found in searches.items()}
 helpers = {
-    f"adv. {kind}" if how == "adversarial" else "kernel": (kind, chosen, how)
-    for kind, chosen, how in models
-    if chosen == "original" and how != "plain"
+    f"adv. {net}" if how == "adversarial" else "kernel": (net, of_set, how)
+    for net, of_set, how in models
+    if of_set == "original" and how != "plain"
 }
 
 # %%
-outcomes, diagnoses = {}, {}
+diagnoses = {}
+n = experiment.diagnosis.n_images
 for key, model in models.items():
-    kind, chosen, how = key
-    print(titles[key])
-    diagnoses[key] = diagnose.diagnose(
-        model, x_test[: experiment.n_diagnose], y_test[: experiment.n_diagnose],
-        n_steps=experiment.net_pgd_steps, **ball,
-        sources={short: models[other] for short, other in helpers.items() if other != key},
+    print(records.title(*key))
+    others = {short: models[other] for short, other in helpers.items() if other != key}
+    diagnoses[key] = diagnose.by_protocol(
+        protocol, model, x_test[:n], y_test[:n], n_steps=experiment.networks.pgd_steps,
+        sources=others,
     )  # fmt: skip
-    found = searches.get(key)
-    if how == "kernel":
-        tested, more = {experiment.seed: model}, {"n_train": len(model.x_support)}
+
+# %%
+outcomes = {}
+for key, model in models.items():
+    found, trained_on = searches.get(key), chosen.get(key[1], original)
+    nets = {experiment.seed: model}
+    if found:
+        nets = dict(zip(experiment.net_seeds(), (one.net for one in found.best), strict=True))
+        more = records.of_training(trained_on, found)
     else:
-        tested = dict(zip(experiment.net_seed_list(), (t.net for t in found.best), strict=True))
-        trained_on = sets.get(chosen, original)
-        more = {"n_train": len(trained_on.x), "set_kernel": trained_on.kernel}
-        more["learning_rate"] = found.learning_rate
-    for net_seed, one in tested.items():
-        outcomes[*key, net_seed] = evaluate.evaluate(
-            one, x_test, y_test, attack_names=experiment.net_attacks, keep=8, **ball, **ball_l2
-        )
+        more = records.of_set(trained_on, n_train=len(model.x_support))
+    for net_seed, net in nets.items():
+        outcomes[*key, net_seed] = protocol(net, x_test, y_test, keep=8)
         recorder.add(
-            outcomes[*key, net_seed], model=kind, trained_on=chosen, training=how, seed=net_seed,
-            diagnosis=diagnoses[key] if one is model else None, **more,
+            outcomes[*key, net_seed], model=key[0], trained_on=key[1], training=key[2],
+            seed=net_seed, diagnosis=diagnoses[key] if net is model else None, **more,
         )  # fmt: skip
     recorder.write()
 
@@ -305,12 +273,11 @@ display(Markdown(tables.accuracy([recorder.own()], tables=("8", "10"))))
 # the second time. *silent success*: images that PGD broke on its way and came back from.
 
 # %%
-claimed = {
-    titles[key]: found for key, found in diagnoses.items() if found.claimed > diagnose.NOTHING
-}
+titled = {records.title(*key): found for key, found in diagnoses.items()}
+claimed = {title: one for title, one in titled.items() if one.claimed > verdict.NOTHING}
 if claimed:
-    display(figures.save(figures.evidence(claimed), output, "evidence"))
-display(Markdown(tables.checks({titles[key]: one.to_dict() for key, one in diagnoses.items()})))
+    display(figures.save(figures.evidence(claimed), folder, "evidence"))
+display(Markdown(tables.checks({title: one.to_dict() for title, one in titled.items()})))
 
 # %% [markdown]
 # ## How far rounding explains it
@@ -319,8 +286,8 @@ display(Markdown(tables.checks({titles[key]: one.to_dict() for key, one in diagn
 # right logit, and the other classes' softmax in theirs. A computer rounds. In float32, p - 1 is 0
 # when the log-odds of the right class exceed 17, at the latest: the attack still raises wrong
 # logits, and no longer lowers the right one, so it may climb the wrong hill. Beyond 104 the other
-# classes' softmax is 0 as well, and nothing is left to climb. Below, each dot is a correctly read
-# test image.
+# classes' softmax is 0 as well, and nothing is left to climb. Below, each dot is a correctly
+# classified test image.
 #
 # *No rounding*, in the figure and the table above, is the same PGD, with its gradient computed from
 # the log-odds, log((1 - p) / p). It is parallel to that of the cross-entropy, and does not round to
@@ -334,12 +301,11 @@ display(Markdown(tables.checks({titles[key]: one.to_dict() for key, one in diagn
 # %%
 if claimed:
     limits = {"rounded": torch_attacks.ROUNDED, "lost": torch_attacks.LOST}
-    display(figures.save(figures.rounding(claimed, **limits), output, "rounding"))
+    display(figures.save(figures.rounding(claimed, **limits), folder, "rounding"))
 
 # %%
-for key, found in diagnoses.items():
-    print(f"{titles[key]}: {found.verdict}")
-    print("".join(f"    {reason}\n" for reason in found.reasons), end="")
+for title, found in titled.items():
+    print(f"{title}: {found.verdict}", *found.reasons, sep="\n    ")
 
 # %% [markdown]
 # ## Checks
@@ -354,46 +320,41 @@ for trained in (one for found in searches.values() for one in found.best):
     assert all(np.isfinite(line["loss"]) for line in trained.history)
 
 # %% [markdown]
-# ## What it means: why PGD's figures are what they are
+# ## What was found here
+
+# %%
+display(Markdown("\n".join(f"- {line}" for line in verdict.findings(titled))))
+
+# %% [markdown]
+# ## What it means
 #
-# The figures in brackets are of the MNIST run, `reports/mnist-fc3-5k`, where five networks are
-# *masked*. Take one of them and read its column of the table from top to bottom.
+# Take a model that is called *masked* and read its column of the table from top to bottom.
 #
-# 1. **The claim.** Many images withstand FGSM and PGD, as in the paper's tables (53 to 87 of 100
-#    for four of the five). That is a statement about PGD.
-# 2. **There is little or nothing to follow.** The network is very sure of most images that it reads
+# 1. **The claim.** So many images withstand FGSM and PGD, as in the paper's tables. That is a
+#    statement about PGD.
+# 2. **Is there something to follow?** A network may be very sure of the images that it classifies
 #    correctly. Beyond log-odds of 104 the gradient is exactly 0. PGD moves by the sign of the
 #    gradient, and the sign of 0 is 0: the image stays where it is and counts as robust (*zero
-#    gradients*: 91 % of these images for simple-CNN on original images, but only 20 % for FC3-1024
-#    on KIP's). Between 17 and 104 the right class's part is lost, and what is left may lead PGD
-#    astray, or not: simple-CNN on adv-KIP's and on KIP's images has 92 and 84 % of its images
-#    beyond 17, and PGD breaks nearly all of them. Four of the five stay far above chance even in a
-#    ball in which every image can become grey (*large radius*), which no robust classifier can.
-# 3. **The adversarial images are there.** The same PGD finds them when its gradient is not rounded
-#    (*no rounding*: 93 to 100 % of the claim) or when it maximises the margin of the logits (as
-#    many). float64 is not enough for all: it rounds as well, only later. In the evidence figure an
-#    attack that never looks at a gradient finds them, too (*square*: all), and so do adversarial
-#    images of the kernel machine on original images (63 to 100 %). The table's last three checks
-#    are stricter: they count what such attacks find *beyond* all others.
-# 4. **It is not particular to distilled data.** Original images and KIP's, same network, same
-#    recipe, end in the same way. What it takes is a network that is very sure; long training at a
-#    large learning rate makes one (at a rate ten times smaller FC3-1024 stays below 1 % under PGD
-#    on validation images, `learning_rates.png`), and choosing epochs and rates by PGD accuracy
-#    cannot tell the two kinds of robustness apart.
+#    gradients*). Between 17 and 104 the right class's part is lost, and what remains may lead PGD
+#    astray, or not. A model that stays far above chance in a ball in which every image can become
+#    grey (*large radius*) cannot be robust there; its attacker is blind.
+# 3. **The adversarial images are there.** The same PGD may find them when its gradient is not
+#    rounded (*no rounding*), or when it maximises the margin of the logits; an attack that never
+#    looks at a gradient (*square*), or the adversarial images of another model, may find them, too.
+#    float64 need not be enough: it rounds as well, only later. The table's last checks are
+#    stricter: they count what such attacks find *beyond* all others.
+# 4. **Is it particular to distilled data?** Compare the lines of original images and of KIP's: same
+#    network, same recipe. Where these are masked as well it is the training that hides the
+#    gradient, and choosing epochs and rates by PGD accuracy cannot tell the two kinds of robustness
+#    apart.
 #
-# Then take a network that is called *genuine*, as simple-CNN after adversarial training on original
-# images: other losses, precisions, steps and starts break 3 % of the claim at most, AutoAttack 8 %,
-# and accuracy is 0 in the ball of twice the radius. (*Nothing claimed* is said of a model of which
-# next to nothing withstands FGSM and PGD: then nothing can be hidden.)
-#
+# Then take a model that is called *genuine*: other losses, precisions, steps and starts find next
+# to nothing more, AutoAttack little, and accuracy comes down as the ball grows. *Nothing claimed*
+# is said of a model of which next to nothing withstands FGSM and PGD: then nothing can be hidden.
 # *Inconclusive* is what lies between: AutoAttack takes more than adversarially trained networks
 # usually lose to it, and not most; or too few images are claimed to tell; or most of the claim
-# stands, and a check fails all the same, as *large radius* for simple-CNN trained adversarially on
-# robust features.
+# stands, and a check fails all the same.
 #
-# And take the kernel machine of the adv-KIP set. No gradient of it is rounded, none is 0, and yet
-# it is *masked*: PGD is just too weak. The margin loss breaks 45 % of the claim, the same
-# cross-entropy on rescaled logits 55 %, AutoAttack 64 %. Its outputs are small, so the
-# cross-entropy pulls at all wrong classes at once instead of the nearest; that would explain why a
-# larger scale helps. What AutoAttack leaves is the most that data alone can be credited with: 5.6 %
-# of 500 test images on MNIST, 22 % on CIFAR-10 (`reports/cifar10-fc3-5k`).
+# A kernel machine may be masked with every gradient in place: PGD is then just too weak. Its
+# outputs are small, so the cross-entropy pulls at all wrong classes at once instead of the nearest.
+# What AutoAttack leaves is the most that data alone can be credited with.

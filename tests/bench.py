@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advkip import attacks, data, kernels, krr
+from advkip import attacks, data, gram, kernels, krr
 from tests import stax_networks, threads
 
 DIAG_REG, DEPTH = 1e-6, 3
@@ -98,7 +98,7 @@ def our_step(work):
     """The same for the engine."""
     n_support, _, n_steps, epsilon, step_size, _ = work
     kernel = kernels.by_name(f"fc{DEPTH}")
-    rows = krr.rows_of_tile(kernel, n_support)
+    rows = gram.rows_of_tile(kernel, n_support)
 
     def step(x_s, y_s, x_t, y_t):
         fitted = krr.fit(kernel, x_s, y_s, diag_reg=DIAG_REG)

@@ -1,90 +1,119 @@
-"""Every setting is typed and checked; params files say what is wrong with them."""
+"""Every setting is checked; params files say all that is wrong with them, in one message."""
 
-import dataclasses
+import json
+import typing
 
 import optax
+import pydantic
 import pytest
 import yaml
 
-from advkip import attacks, config, values
+from advkip import attacks, checked, config, settings
 from advkip.config import Experiment
+from tests.sections import changed, experiment, nested
 
 
 def test_defaults_are_valid_and_json():
-    settings = Experiment().to_dict()
-    assert Experiment.from_params(settings) == Experiment()
-    assert settings["methods"] == ["adv-kip", "kip"]
+    found = Experiment().to_dict()
+    assert Experiment.from_params(json.loads(json.dumps(found))) == Experiment()
+    assert Experiment().changes() == {}
+    assert Experiment().methods == ("adv-kip", "kip")
 
 
-def test_integers_pass_as_floats_and_lists_as_tuples():
-    e = Experiment(epsilon=1, notebooks=["01_kernels"])
-    assert type(e.epsilon) is float
-    assert e.notebooks == ("01_kernels",)
+def test_numbers_as_people_write_them():
+    e = experiment(threat__epsilon="8/255", threat__step_size="2/255", kernel__diag_reg="1e-6")
+    assert (e.threat.epsilon, e.threat.step_size) == (8 / 255, 2 / 255)
+    assert e.kernel.diag_reg == 1e-6
+    assert type(experiment(threat__epsilon=1).threat.epsilon) is float
+    assert experiment(cnns__learning_rates=["1e-3", 0.1]).cnns.learning_rates == (1e-3, 0.1)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"learning_rate": "1e-6"}, "learning_rate to be a finite float, got '1e-6'.*1.0e-6"),
-        ({"learning_rate": float("nan")}, "expected learning_rate to be a finite float"),
-        ({"epsilon": float("inf")}, "expected epsilon to be a finite float"),
-        ({"n_steps": 10.0}, "expected n_steps to be a finite int, got 10.0"),
-        ({"n_steps": True}, "expected n_steps to be a finite int, got True"),
-        ({"learn_labels": 1}, "expected learn_labels to be a finite bool, got 1"),
-        ({"notebooks": "01_kernels"}, "expected notebooks to be a list of strings"),
-        ({"name": "a/b"}, "expected name of letters"),
-        ({"dataset": "../mnist"}, "expected dataset to be a data set's name"),
-        ({"notebooks": []}, "expected notebooks not empty"),
-        ({"methods": ["rfd"]}, "expected methods a choice of"),
-        ({"kernel": "resnet"}, "expected kernel such as 'fc3'"),
-        ({"dtype": "float16"}, "expected dtype in"),
-        ({"norm": "l1"}, "expected norm in"),
-        ({"optimizer": "lbfgs"}, "expected optimizer in"),
-        ({"outer_loss": "hinge"}, "expected outer_loss in"),
-        ({"pgd_steps": -1}, "expected pgd_steps >= 0"),
-        ({"pgd_steps": 0}, "expected pgd_steps >= 1 for the method 'adv-kip'"),
-        ({1: 2, "foo": 3}, r"expected known settings, got \['1', 'foo'\]"),
-        ({"n_support": 0}, "expected n_support >= 1"),
-        ({"learning_rate": 0.0}, "expected learning_rate > 0"),
-        ({"diag_reg": -1e-6}, "expected diag_reg >= 0"),
-        ({"epsilon": 8.0, "step_size": 2.0}, r"expected epsilon in \[0, 1\] pixel units"),
-        ({"epsilon": 0.1, "step_size": 0.3}, "expected step_size <= 2 epsilon"),
-        ({"net_sets": ["kip"]}, "expected net_sets a choice of"),
-        ({"fc_nets": ["fc3"]}, "expected fc_nets to be known names"),
-        ({"cnns": ["resnet18"]}, "expected cnns to be known names"),
-        ({"net_attacks": ["fgsm", "cw"]}, "expected net_attacks to be known names"),
-        ({"net_learning_rates": []}, "expected net_learning_rates to be positive numbers"),
-        ({"at_learning_rates": [0.1, 0]}, "expected at_learning_rates to be positive numbers"),
-        ({"net_learning_rates": ["1e-3"]}, "to be a list of floats, got .* 1e-6 is text"),
-        ({"net_learning_rates": 1e-3}, "to be a list of floats, got 0.001"),
-        ({"net_milestones": [0.5]}, "expected net_milestones to be a list of ints"),
-        ({"net_optimizer": "lion"}, "expected net_optimizer in"),
-        ({"net_loss": "hinge"}, "expected net_loss in"),
-        ({"net_target": "hard"}, "expected net_target in"),
-        ({"net_target": "labels"}, "expected net_target 'softmax' or 'argmax' with cross-entropy"),
-        ({"net_seeds": 0}, "expected net_seeds >= 1"),
-        ({"at_epochs": -1}, "expected at_epochs >= 0"),
-        ({"n_suport": 10}, r"expected known settings, got \['n_suport'\]"),
+        ({"adv_kip__learning_rate": "fast"}, "adv_kip.learning_rate: expected a valid number, got"),
+        ({"adv_kip__learning_rate": "1/0"}, "expected a valid number, got '1/0'"),
+        ({"adv_kip__learning_rate": float("nan")}, "adv_kip.learning_rate: expected a finite"),
+        ({"threat__epsilon": float("inf")}, "threat.epsilon: expected a finite number, got inf"),
+        ({"adv_kip__n_steps": 10.0}, r"adv_kip.n_steps: expected a valid integer, got 10.0 \(fl"),
+        ({"adv_kip__n_steps": True}, r"adv_kip.n_steps: expected a valid integer, got True \(bool"),
+        ({"adv_kip__n_steps": "10"}, r"expected a valid integer, got '10' \(str\); pass for exam"),
+        ({"support__learn_labels": 1}, "support.learn_labels: expected a valid boolean, got 1"),
+        ({"notebooks": "01_kernels"}, "notebooks: expected a valid tuple, got '01_kernels'"),
+        ({"name": "a/b"}, "name: expected text of the form"),
+        ({"dataset__name": "../mnist"}, "dataset.name: expected text of the form"),
+        ({"dataset__n_test": 0}, "dataset.n_test: expected greater than or equal to 1, got 0"),
+        ({"notebooks": []}, r"notebooks: expected at least 1 item, got \[\]"),
+        ({"kernel__name": "resnet"}, r"kernel.name: .*got 'resnet' .* pass for example 'fc3'"),
+        ({"kernel__dtype": "float16"}, "kernel.dtype: expected 'float32' or 'float64', got"),
+        ({"threat__norm": "l1"}, "threat.norm: expected 'linf' or 'l2', got 'l1'"),
+        ({"adv_kip__optimizer": "lbfgs"}, "adv_kip.optimizer: expected 'adabelief', .* got 'lbf"),
+        ({"adv_kip__outer_loss": "hinge"}, "adv_kip.outer_loss: expected 'cross-entropy' or 'mse'"),
+        ({"adv_kip__pgd_steps": -1}, "adv_kip.pgd_steps: expected greater than or equal to 0"),
+        ({"adv_kip__pgd_steps": 0}, "expected adv_kip.pgd_steps >= 1, got 0; pass adv_kip: null"),
+        ({"kip__pgd_steps": 2}, "expected kip.pgd_steps 0, got 2"),
+        ({"support__n_support": 0}, "support.n_support: expected greater than or equal to 1, got"),
+        ({"adv_kip__learning_rate": 0.0}, "adv_kip.learning_rate: expected greater than 0"),
+        ({"adv_kip__patience": 0}, "adv_kip.patience: expected greater than or equal to 1, got 0"),
+        ({"kernel__diag_reg": -1e-6}, "kernel.diag_reg: expected greater than or equal to 0"),
+        ({"threat__epsilon": 8.0}, r"threat: expected epsilon in \[0, 1\] .* pass 8/255 for what"),
+        ({"threat__epsilon": 0.1, "threat__step_size": 0.3}, "threat: expected step_size <= 2 eps"),
+        ({"threat_l2__step_size": 9.0}, "threat_l2: expected step_size <= 2 epsilon"),
+        ({"fully_connected__nets": ["fc3"]}, "fully_connected.nets.0: expected text of the form"),
+        ({"cnns__nets": ["resnet18"]}, "cnns.nets.0: expected text .*got 'resnet18'"),
+        ({"evaluation__attacks": ["fgsm", "cw"]}, "evaluation.attacks.1: expected attacks 'fgsm'"),
+        ({"cnns__learning_rates": []}, "cnns.learning_rates: expected at least 1 item, got"),
+        ({"cnns__learning_rates": [0.1, 0]}, "cnns.learning_rates.1: expected greater than 0"),
+        ({"cnns__learning_rates": 1e-3}, "cnns.learning_rates: expected a valid tuple, got 0.001"),
+        ({"cnns__milestones": [0.5]}, "cnns.milestones.0: expected a valid integer, got 0.5"),
+        ({"cnns__optimizer": "lion"}, "cnns.optimizer: expected 'adam' or 'sgd'"),
+        ({"cnns__loss": "hinge"}, "cnns.loss: expected 'cross-entropy' or 'mse'"),
+        ({"cnns__target": "hard"}, "cnns.target: expected 'labels', 'softmax' or 'argmax'"),
+        ({"cnns__target": "labels"}, "cnns: expected target 'softmax' or 'argmax' with cross-ent"),
+        ({"networks__n_seeds": 0}, "networks.n_seeds: expected greater than or equal to 1"),
+        ({"adversarial_training__epochs": 0}, "adversarial_training.epochs: expected greater than"),
+        ({"robust_features__noise": 2.0}, "noise: expected less than or equal to 1, got 2"),
+        ({"support__n_suport": 10}, "support.n_suport: expected a known .* pass 'n_support'"),
+        ({"n_support": 10}, "n_support: expected a known .* pass 'support.n_support'"),
+        ({"sed": 10}, "sed: expected a known setting, got 'sed'; pass 'seed'"),
+        ({"kernel__zzz": 1}, r"kernel.zzz: expected a known .* pass one of \['name', 'W_std'"),
+        ({"threat": 5}, "threat: expected a valid dictionary .* got 5 .* a mapping of its"),
     ],
-)
+)  # fmt: skip
 def test_bad_values(change, match):
     with pytest.raises(ValueError, match=match):
-        Experiment.from_params(change)
+        experiment(**change)
+
+
+def test_all_faults_come_in_one_message(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("threat: {epsilom: 0.1}\nkernel: {name: fc}\nadv_kip: {n_steps: many}\n")
+    with pytest.raises(ValueError, match="x.yaml: ") as error:
+        Experiment.from_file(path)
+    lines = [line.strip() for line in str(error.value).removeprefix(f"{path}: ").splitlines()]
+    assert [line.split(":")[0] for line in lines] == [
+        "kernel.name", "threat.epsilom", "adv_kip.n_steps",
+    ]  # fmt: skip
+    for line in lines:
+        assert "expected" in line
+        assert "got" in line
+        assert "pass" in line
 
 
 def test_l2_radius_may_exceed_one():
-    assert Experiment(norm="l2", epsilon=1.5, step_size=0.2).epsilon == 1.5
+    e = experiment(threat__norm="l2", threat__epsilon=1.5, threat__step_size=0.2)
+    assert e.threat.epsilon == 1.5
 
 
 def test_files(tmp_path):
     path = tmp_path / "x.yaml"
-    path.write_text("name: x\nepsilon: 0.3\nstep_size: 0.1\n")
-    assert Experiment.from_file(path).epsilon == 0.3
-    overridden = Experiment.from_file(path, ["seed=3", "methods=[kip]", "epsilon=0.25"])
-    assert (overridden.seed, overridden.methods, overridden.epsilon) == (3, ("kip",), 0.25)
+    path.write_text("name: x\nthreat: {epsilon: 0.3, step_size: 1e-1}\n")
+    assert Experiment.from_file(path).threat.step_size == 0.1
+    overridden = Experiment.from_file(path, ["seed=3", "kip=null", "threat.epsilon=64/255"])
+    assert (overridden.seed, overridden.methods) == (3, ("adv-kip",))
+    assert overridden.threat == settings.Threat(epsilon=64 / 255, step_size=0.1)
     for text, match in (
-        ("epsilon: 1e-2", "x.yaml: expected epsilon to be a finite float, got '1e-2'"),
-        ("epsilom: 0.1", r"x.yaml: expected known settings, got \['epsilom'\]"),
+        ("epsilom: 0.1", "x.yaml: epsilom: expected a known setting"),
         ("seed: 1\nseed: 2", r"x.yaml: expected each key once, got \['seed'\] twice"),
         ("- seed", "x.yaml: expected 'key: value' lines, got list"),
         ("seed: [", "x.yaml: "),
@@ -94,108 +123,126 @@ def test_files(tmp_path):
             Experiment.from_file(path)
     path.write_text("seed: 3")
     assert Experiment.from_file(path).name == "x"
-    with pytest.raises(ValueError, match="x.yaml --set epsilom=1: expected known settings"):
-        Experiment.from_file(path, ["epsilom=1"])
+    with pytest.raises(ValueError, match="x.yaml --set threat.epsilom=1: threat.epsilom: expected"):
+        Experiment.from_file(path, ["threat.epsilom=1"])
     with pytest.raises(ValueError, match="expected key=value, got 'seed'"):
         Experiment.from_file(path, ["seed"])
 
 
-def test_from_notebook_takes_settings_alone():
-    namespace = {"seed": 4, "kernel": "fc5", "np": config, "output": "here"}
-    assert Experiment.from_notebook(namespace) == Experiment(seed=4, kernel="fc5")
+def test_from_notebook_takes_sections_alone():
+    namespace = {"seed": 4, "kernel": {"name": "fc5"}, "np": config, "output": "here"}
+    found = Experiment.from_notebook(namespace, "01_kernels")
+    assert found == experiment(seed=4, kernel__name="fc5", notebooks=["01_kernels"])
 
 
-def test_kip_has_no_inner_maximum_and_its_own_steps():
-    kip = Experiment(kip_steps=7, kip_learning_rate=0.5, logit_scale=10, patience=3).as_kip()
-    assert (kip.pgd_steps, kip.n_steps, kip.learning_rate, kip.label_learning_rate) == (
-        0, 7, 0.5, 0.5,
-    )  # fmt: skip
-    assert (kip.outer_loss, kip.logit_scale, kip.patience) == ("mse", 1.0, 0)
+def test_sections_that_are_instances_of_one_model():
+    """What is left out keeps the instance's values, not the model's."""
+    assert type(Experiment().kip) is type(Experiment().adv_kip)
+    kip = experiment(kip__n_steps=7, adv_kip__patience=3).kip
+    assert (kip.n_steps, kip.pgd_steps, kip.outer_loss, kip.patience) == (7, 0, "mse", None)
+    assert kip.learning_rate == kip.label_learning_rate == 1e-3
+    assert type(Experiment().cnns) is type(Experiment().fully_connected)
+    assert experiment(fully_connected__epochs=3).fully_connected.loss == "mse"
+    assert experiment(cnns__epochs=3).cnns.loss == "cross-entropy"
 
 
-def test_fingerprint_changes_with_what_matters():
-    e = Experiment()
-    for same in ({"n_steps": 500}, {"name": "y"}, {"n_test": 7}, {"data_dir": "d"}):
-        assert e.replace(**same).fingerprint() == e.fingerprint()
-    for other in ({"seed": 1}, {"learning_rate": 0.5}, {"kernel": "fc5"}, {"epsilon": 0.25}):
-        assert e.replace(**other).fingerprint() != e.fingerprint()
-    assert e.as_kip().fingerprint() != e.fingerprint()
+def test_of_takes_the_settings_of_some_sections_that_matter():
+    found = experiment(kip=None).of("seed", "kip", "dataset", "kernel")
+    assert found["seed"] == 0
+    assert found["kip"] is None
+    assert found["kernel.name"] == "fc3"
+    assert not {"dataset.folder", "kernel.block_size"} & set(found)
+    assert "kernel.name" not in experiment().of("kernel", without=["kernel.name"])
+    assert set(config.FREE) <= set(Experiment().of(*Experiment.model_fields)) | {*config.FREE}
 
 
-def test_same_results():
-    e = Experiment(seed=1)
-    assert e.same_results(e.replace(notebooks=["02"], data_dir="d").to_dict())
-    assert e.same_results({"seed": 1})  # a record from before the other settings existed
-    assert not e.same_results(e.replace(seed=2).to_dict())
-    with pytest.raises(ValueError, match="expected known settings"):
-        e.same_results({"gone": 1})
+def test_every_section_is_named_where_it_is_used():
+    for notebook, parts in config.SECTIONS.items():
+        assert set(parts) <= set(Experiment.model_fields), notebook
+    assert config.sections("01_kernels", "00_walkthrough") == config.sections("01_kernels")
+    every = set(Experiment.model_fields)
+    assert set(config.sections("mine")) == every
+    assert every - set(config.sections("04_shortcomings")) == {"name", "notebooks"}
 
 
-def test_robust_features_need_a_source(tmp_path):
-    asked = {"diagnosed_sets": ["robust-features"]}
-    for missing in ({"at_epochs": 0}, {"at_nets": []}):
-        e = Experiment.from_params(asked | missing)
-        assert e.same_results(e.to_dict())  # other notebooks do not mind
+def test_sets_that_cannot_be_had(tmp_path):
+    asked = {"diagnosis__sets": ["robust-features"], "notebooks": ["04_shortcomings"]}
+    for missing in (
+        {"adversarial_training": None},
+        {"adversarial_training__nets": []},
+    ):
         with pytest.raises(ValueError, match="expected adversarial training behind"):
-            e.check_diagnosis()
-        e.replace(robust_features="a").check_diagnosis()
+            experiment(**asked | missing)
+        experiment(**asked | missing | {"diagnosis__sets": ["some/folder"]})
+        experiment(**asked | missing | {"notebooks": ["03_cnns"]})  # others do not mind
         path = tmp_path / "a.yaml"
-        path.write_text(yaml.safe_dump(missing | {"notebooks": ["04_shortcomings"]}))
+        path.write_text(yaml.safe_dump(nested(**missing | {"notebooks": ["04_shortcomings"]})))
         with pytest.raises(ValueError, match="a.yaml: expected adversarial training behind"):
             Experiment.from_file(path)
         assert Experiment.from_file(path, ["notebooks=[03_cnns]"])
-    with pytest.raises(ValueError, match="expected pgd_steps >= 1 for the diagnosed set 'adv-kip'"):
-        Experiment(methods=["kip"], pgd_steps=0).check_diagnosis()
-    with pytest.raises(ValueError, match="expected diagnosed_sets a choice of"):
-        Experiment(diagnosed_sets=["rfd"])
-    with pytest.raises(ValueError, match="expected at_nets to be known names"):
-        Experiment(at_nets=["resnet"])
-    with pytest.raises(ValueError, match="expected at_sets a choice of"):
-        Experiment(at_sets=["rfd"])
-    with pytest.raises(ValueError, match=r"at_sets among diagnosed_sets, got \['kip'\] besides"):
-        Experiment(diagnosed_sets=["adv-kip"], at_sets=["original", "kip"]).check_diagnosis()
+    with pytest.raises(ValueError, match="of .'adv-kip'., which 04_shortcomings trains on, got nu"):
+        experiment(adv_kip=None, notebooks=["04_shortcomings"])
+    with pytest.raises(ValueError, match="of .'kip'., which 02_transfer trains on"):
+        experiment(kip=None, notebooks=["02_transfer"], networks__sets=["kip"])
+    with pytest.raises(ValueError, match="expected adv_kip or kip, got null for both"):
+        experiment(adv_kip=None, kip=None)
+    with pytest.raises(ValueError, match=r"among diagnosis.sets, got \['kip'\] besides"):
+        experiment(
+            notebooks=["04_shortcomings"], diagnosis__sets=["adv-kip"],
+            adversarial_training__sets=["original", "kip"],
+        )  # fmt: skip
 
 
-def test_settings_of_convolutional_networks():
-    e = Experiment(net_epochs=50, net_learning_rates=[0.1, 0.2], net_patience=3)
-    assert e.for_cnns() == e
-    e = e.replace(cnn_epochs=7, cnn_learning_rates=[0.3], cnn_patience=2)
-    found = e.for_cnns()
-    assert (found.net_epochs, found.net_learning_rates, found.net_patience) == (7, (0.3,), 2)
-    plain = Experiment(net_epochs=50, net_learning_rates=[0.1, 0.2], net_patience=3)
-    assert e.same_results(plain.to_dict(), "02_transfer")
-    assert not e.same_results(plain.to_dict(), "03_cnns")
-    with pytest.raises(ValueError, match="expected cnn_learning_rates to be positive"):
-        Experiment(cnn_learning_rates=[0.1, -0.1])
+def test_replace_merges_and_checks():
+    e = changed(experiment(adv_kip__n_steps=7), adv_kip__patience=3)
+    assert (e.adv_kip.n_steps, e.adv_kip.patience) == (7, 3)
+    assert changed(e, kip=None).kip is None
+    with pytest.raises(ValueError, match="adv_kip.patience: expected greater"):
+        changed(e, adv_kip__patience=0)
 
 
-def test_settings_of_networks_touch_no_distilled_set():
-    plain, changed = Experiment(), Experiment(net_epochs=7, at_epochs=0, cnns=["vgg11"])
-    assert plain.fingerprint() == changed.fingerprint()
-    assert not changed.same_results(plain.to_dict())
-    assert changed.same_results(plain.to_dict(), "01_kernels")
-    assert not changed.same_results(Experiment(seed=1).to_dict(), "01_kernels")
-    later = Experiment(n_diagnose=7, diagnosed_sets=["kip"])
-    assert later.fingerprint() == plain.fingerprint()
-    assert later.same_results(plain.to_dict(), "03_cnns")
-    assert not later.same_results(plain.to_dict(), "04_shortcomings")
-    assert not changed.same_results(plain.to_dict(), "03_cnns")
-    assert Experiment(seed=2, net_seeds=3).net_seed_list() == [2000, 2001, 2002]
+def test_seeds_of_networks():
+    assert experiment(seed=2, networks__n_seeds=3).net_seeds() == [2000, 2001, 2002]
 
 
 def test_names_exist_where_they_are_used():
-    assert set(config.LOSSES) == set(attacks.LOSSES)
-    for name in config.OPTIMIZERS:
+    assert set(typing.get_args(settings.Loss)) == set(attacks.LOSSES)
+    for name in typing.get_args(settings.OPTIMIZERS):
         getattr(optax, name)(1e-3)
+    assert typing.get_args(settings.Method) == settings.METHODS
 
 
 def test_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
         Experiment().seed = 1
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        Experiment().threat.epsilon = 0.1
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: 010", "net_milestones: [1:30]", "seed: 0x10", "n_test: 0_7"]
+    ("name", "parts"),
+    [
+        ("fgsm", ("fgsm", 0, 0, False)),
+        ("pgd40", ("pgd", 40, 0, False)),
+        ("pgd40x5-l2", ("pgd", 40, 5, True)),
+        ("autoattack", ("autoattack", 0, 0, False)),
+        ("apgd-t-l2", ("apgd-t", 0, 0, True)),
+    ],
+)
+def test_names_of_attacks(name, parts):
+    found = settings.Attack.parse(name)
+    assert found == (name, *parts)
+    assert found.targeted == (found.kind in ("autoattack", "apgd-t"))
+
+
+@pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd5x0", "fgsm5", "l2", "cw", "FGSM", "pgd5-l1"])
+def test_other_names_of_attacks(name):
+    with pytest.raises(ValueError, match="expected attacks 'fgsm', 'pgd10'"):
+        settings.Attack.parse(name)
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 010", "cnns: {milestones: [1:30]}", "seed: 0x10", "dataset: {n_test: 0_7}"]
 )
 def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, text):
     file = tmp_path / "p.yaml"
@@ -205,13 +252,13 @@ def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("change", "message"),
     [
-        ({"n_steps": 0}, "expected outer_steps >= 1, got 0"),
-        ({"epsilon": 0.1, "step_size": 0.3}, "step_size .* 2 radius"),
+        ({"adv_kip__n_steps": 0}, "outer_steps: expected .* 1, got 0"),
+        ({"threat__epsilon": 0.1, "threat__step_size": 0.3}, "step_size .* 2 radius"),
     ],
 )
-def test_errors_speak_of_a_setting_by_the_callers_name(settings, message):
-    names = values.named(n_steps="outer_steps", epsilon="radius")
+def test_errors_speak_of_a_setting_by_the_callers_name(change, message):
+    names = checked.named({"adv_kip.n_steps": "outer_steps", "epsilon": "radius"})
     with pytest.raises(ValueError, match=message), names:
-        Experiment(**settings)
+        experiment(**change)

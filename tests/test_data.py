@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from advkip import data
-from advkip.config import Experiment
+from tests.sections import changed, experiment
 
 
 def arrays(rng, n=40, shape=(6, 5), classes=4):
@@ -58,8 +58,8 @@ def test_label_columns_and_label_vectors(tmp_path, rng):
     content = arrays(rng)
     column = content | {"y_train": content["y_train"][:, None]}
     vectors = content | {"y_train": np.eye(4)[content["y_train"]] - 0.25}
-    for changed in (column, vectors):
-        loaded = data.load("mine", write(tmp_path, **changed))
+    for given in (column, vectors):
+        loaded = data.load("mine", write(tmp_path, **given))
         np.testing.assert_array_equal(loaded.y_train, content["y_train"])
 
 
@@ -70,7 +70,13 @@ def test_splits_never_overlap_and_are_balanced(tmp_path, rng):
         number = np.arange(len(content[key]))
         content[key][:, 0, 0], content[key][:, 0, 1] = number // 256, number % 256
     dataset = data.load("mine", write(tmp_path, **content))
-    e = Experiment(dataset="mine", n_support=42, n_validation=81, n_target=100, n_test=30)
+    e = experiment(
+        dataset__name="mine",
+        support__n_support=42,
+        dataset__n_validation=81,
+        support__n_target=100,
+        dataset__n_test=30,
+    )
     splits = data.split(dataset, e)
 
     def numbers(x):
@@ -84,11 +90,11 @@ def test_splits_never_overlap_and_are_balanced(tmp_path, rng):
     assert len(numbers(splits.x_test)) == 30
     assert np.ptp(np.bincount(splits.y_support)) <= 1
     assert np.ptp(np.bincount(splits.y_validation)) <= 1
-    again, other = data.split(dataset, e), data.split(dataset, e.replace(seed=1))
+    again, other = data.split(dataset, e), data.split(dataset, changed(e, seed=1))
     np.testing.assert_array_equal(splits.x_support, again.x_support)
     assert support != numbers(other.x_support)
-    assert len(data.split(dataset, e.replace(n_test=0)).x_test) == 200
-    assert data.split(dataset, e.replace(dtype="float64")).x_support.dtype == "float64"
+    assert len(data.split(dataset, changed(e, dataset__n_test=None)).x_test) == 200
+    assert data.split(dataset, changed(e, kernel__dtype="float64")).x_support.dtype == "float64"
 
 
 def test_generators_differ_between_streams_and_steps():
@@ -157,7 +163,13 @@ def test_images_to_attack_keep_to_the_pixel_range_and_the_support_does_not(tmp_p
     content = arrays(rng)
     x = content["x_train"] / 255 * 1.5 - 0.25
     write(tmp_path, **content | {"x_train": x, "experiment": "{}"})
-    e = Experiment(dataset="mine", n_support=20, n_validation=8, n_target=20, n_test=8)
+    e = experiment(
+        dataset__name="mine",
+        support__n_support=20,
+        dataset__n_validation=8,
+        support__n_target=20,
+        dataset__n_test=8,
+    )
     splits = data.split(data.load("mine", tmp_path), e)
     assert splits.x_support.min() < 0
     for images in (splits.x_pool, splits.x_validation):
@@ -165,9 +177,9 @@ def test_images_to_attack_keep_to_the_pixel_range_and_the_support_does_not(tmp_p
 
 
 def test_no_file_no_folder_no_network(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="pass data_dir or set ADVKIP_DATA"):
+    with pytest.raises(FileNotFoundError, match="pass the file"):
         data.load("imagenet", tmp_path)
-    with pytest.raises(FileNotFoundError, match="expected data_dir to be a folder"):
+    with pytest.raises(FileNotFoundError, match="expected dataset.folder to be a folder"):
         data.load("mnist", tmp_path / "nowhere")
 
     def offline(*args, **kwargs):
@@ -206,12 +218,18 @@ def test_torchvision_data_sets(tmp_path, monkeypatch):
 
 def test_too_few_images(tmp_path, rng):
     dataset = data.load("mine", write(tmp_path, **arrays(rng)))
-    e = Experiment(dataset="mine", n_support=20, n_validation=8, n_target=20, n_test=8)
+    e = experiment(
+        dataset__name="mine",
+        support__n_support=20,
+        dataset__n_validation=8,
+        support__n_target=20,
+        dataset__n_test=8,
+    )
     for change, match in (
-        ({"n_support": 40}, "n_support = 40: expected 10 images of class 0 .* got 8"),
-        ({"n_validation": 100}, "n_validation = 100: expected 25"),
-        ({"n_test": 21}, "n_test = 21: expected 6 images of class 0"),
-        ({"n_target": 33}, "n_target = 33: expected at most 32"),
+        ({"support": {"n_support": 40}}, "n_support = 40: expected 10 images of class 0 .* got 8"),
+        ({"dataset": {"n_validation": 100}}, "n_validation = 100: expected 25"),
+        ({"dataset": {"n_test": 21}}, "n_test = 21: expected 6 images of class 0"),
+        ({"support": {"n_target": 33}}, "n_target = 33: expected at most 32"),
     ):
         with pytest.raises(ValueError, match=match):
             data.split(dataset, e.replace(**change))
@@ -220,55 +238,29 @@ def test_too_few_images(tmp_path, rng):
 def test_real_mnist(shared_data):
     mnist = data.load("mnist", shared_data)
     assert mnist.x_train.shape == (60000, 28, 28, 1)
-    e = Experiment(dataset="mnist", n_support=1000, n_validation=1000, n_target=10)
+    e = experiment(
+        dataset__name="mnist",
+        support__n_support=1000,
+        dataset__n_validation=1000,
+        support__n_target=10,
+    )
     splits = data.split(mnist, e)
     assert splits.x_test.shape == (10000, 28, 28, 1)
     assert splits.x_pool.shape == (59000, 28, 28, 1)
 
 
-def test_training_sets_keep_label_vectors(tmp_path, rng):
-    x, vectors = rng.normal(size=(30, 8, 8, 1)), rng.normal(size=(30, 4)).astype("float32")
-    vectors[:, 3] += 9  # 3 is the largest label
-    test = {"x_test": rng.random((5, 8, 8)), "y_test": np.arange(5) % 4}
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=vectors, experiment="{}", **test)
-    name, found = data.training_set(tmp_path / "d.npz")
-    found_x, found_y, settings = found
-    assert (name, settings, found.kernel) == ("d", None, "")
-    np.testing.assert_array_equal(found_y, vectors)
-    np.testing.assert_allclose(found_x, x, atol=1e-6)
-    assert (found_x.dtype, found_y.dtype) == (np.float32, np.float32)
-    x = rng.integers(0, 256, (30, 8, 8)).astype("uint8")
-    test = {"x_test": x[:4], "y_test": np.arange(4)}
-    np.savez(tmp_path / "i.npz", x_train=x, y_train=np.arange(30) % 4, **test)
-    name, (found_x, found_y, _) = data.training_set(tmp_path / "i.npz", n_classes=6, center=True)
-    assert name == "i"
-    np.testing.assert_allclose(found_x[..., 0], x / 255, atol=1e-6)
-    np.testing.assert_allclose(found_y, np.eye(6)[np.arange(30) % 4] - 1 / 6, atol=1e-6)
-    with pytest.raises(ValueError, match="pass a .npz written by numpy.savez"):
-        data.training_set(tmp_path / "missing.npz")
-
-
-def test_draws_for_networks():
-    e = Experiment(n_validation=200)
+def test_draws_of_test_images():
+    e = experiment(dataset__n_validation=200)
     splits = data.split(data.load("digits"), e)
-    x, y, settings = data.draw_original(splits, 300, seed=0)
-    assert settings is None
-    assert (x.shape, y.shape) == ((300, 8, 8, 1), (300, 10))
-    assert (y.sum(0) == 30).all()
-    validation = {image.tobytes() for image in splits.x_validation}
-    assert not validation & {image.tobytes() for image in x}
-    assert len(data.draw_original(splits, 0, seed=0)[0]) == len(splits.x_pool)
     x, y = data.draw_test(splits, 50, seed=0)
     assert (np.bincount(y) == 5).all()
     assert {image.tobytes() for image in x} <= {image.tobytes() for image in splits.x_test}
     np.testing.assert_array_equal(data.draw_test(splits, 50, seed=0)[0], x)
     assert not np.array_equal(data.draw_test(splits, 50, seed=1)[0], x)
-    for n in (0, 10_000):
+    for n in (None, 10_000):
         assert data.draw_test(splits, n, seed=0)[0] is splits.x_test
     rare = splits._replace(y_test=np.where(np.arange(len(splits.y_test)) < 3, 1, 0))
     assert len(data.draw_test(rare, 50, seed=0)[0]) == 50
-    with pytest.raises(ValueError, match="n_original = 5000: .* or pass 0 for all images"):
-        data.draw_original(splits, 5000, seed=0)
 
 
 def npz(folder, **changes):

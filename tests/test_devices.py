@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import data, devices, distill, kernels, krr
-from advkip.config import Experiment
+from advkip import data, devices, distill, gram, kernels
+from tests.sections import experiment
 
 
 def few_steps(kernel_name):
     """X_S after three steps of Algorithm 1; nothing is a multiple of the number of devices."""
-    e = Experiment(
-        dataset="digits", kernel=kernel_name, dtype="float64", n_support=30, n_target=22,
-        n_validation=25, pgd_steps=3, n_steps=3, eval_every=1, block_size=13,
+    e = experiment(
+        dataset__name="digits", kernel__name=kernel_name, kernel__dtype="float64",
+        support__n_support=30, support__n_target=22, dataset__n_validation=25,
+        adv_kip__pgd_steps=3, adv_kip__n_steps=3, adv_kip__eval_every=1, kernel__block_size=13,
     )  # fmt: skip
     result = distill.distill(e, data.split(data.load("digits"), e), progress=False)
     return result.x_support, [line["loss"] for line in result.history]
@@ -125,11 +126,11 @@ class FakeGpu:
 
 def test_tiles_grow_with_the_memory_of_a_gpu(monkeypatch):
     kernel = kernels.by_name("fc3")
-    small = krr.square_tile(kernel), krr.rows_of_tile(kernel, 5000)
+    small = gram.square_tile(kernel), gram.rows_of_tile(kernel, 5000)
     monkeypatch.setattr(jax, "local_devices", lambda: [FakeGpu()])
     assert devices.tile_floats() == 80 * 10**9 // 128
-    assert krr.square_tile(kernel) > 10 * small[0]
-    assert krr.rows_of_tile(kernel, 5000) > 100 * small[1]
+    assert gram.square_tile(kernel) > 10 * small[0]
+    assert gram.rows_of_tile(kernel, 5000) > 100 * small[1]
 
 
 def test_even_size():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from advkip import (
-    around,
     attacks,
     bridge,
     data,
@@ -16,6 +15,7 @@ from advkip import (
     kernels,
     krr,
     nets,
+    probes,
     training,
     verdict,
 )
@@ -253,10 +253,10 @@ def test_what_a_network_refuses_is_not_asked(trained):
     with torch.inference_mode():
         assert run(Stubborn(trained["plain"]), n=20, n_steps=5, parts=()).claimed == found.claimed
     x = nets.to_tensor(data.load("digits").x_test[:10]).double()  # black pixels are at the edge
-    plain = around.in_float64(trained["plain"], x)
+    plain = probes.in_float64(trained["plain"], x)
     y = torch.as_tensor(data.load("digits").y_test[:10])
     ranged = Masked(plain, lambda x: x if x.min() >= 0 and x.max() <= 1 else 1 / 0)
-    assert not around.false_gradient(ranged, x, y).any()
+    assert not probes.false_gradient(ranged, x, y).any()
 
 
 def test_a_convolutional_network_in_an_l2_ball(trained):
@@ -333,7 +333,7 @@ def test_an_adversarially_trained_network_is_genuine(trained):
     assert set(found.broken) >= {"apgd-ce", "apgd-t", "fab-t", "square", "from other", "noise"}
     assert found.sweep[1.0] == 0
     assert list(found.sweep.values()) == sorted(found.sweep.values(), reverse=True)
-    assert found.strong == pytest.approx(found.left.mean())
+    assert found.strong == pytest.approx(found.robust.mean())
     assert found.broken["no rounding"] <= 0.05
     assert found.rounded == {"partly": 0, "wholly": 0}
     assert found.withstood.mean() == pytest.approx(found.claimed)
@@ -646,7 +646,7 @@ def test_nearly_constant_networks_are_not_robust(trained):
     net = Favoured(trained["plain"], 3, 40.0)
     settings = {"threat": attacks.Threat("linf", 0.1), "step_size": 0.02, "n_steps": 10}
     found = diagnose.diagnose(net, d.x_test[order], d.y_test[order], progress=False, **settings)
-    left = d.y_test[order][found.left]
+    left = d.y_test[order][found.robust]
     assert found.right.sum() > (d.y_test[order] == 3).sum()
     assert found.strong > 0.1
     assert (left == 3).mean() > 0.9
@@ -713,7 +713,7 @@ def test_the_mean_of_passes_has_the_mean_gradient(trained):
     (exact,) = torch.autograd.grad(trained["plain"](x).sum(), x)
 
     def error(draws):
-        (found,) = torch.autograd.grad(around.Mean(noisy, draws)(x).sum(), x)
+        (found,) = torch.autograd.grad(probes.Mean(noisy, draws)(x).sum(), x)
         return ((found - exact).norm() / exact.norm()).item()
 
     assert error(1) > 0.3
@@ -723,44 +723,44 @@ def test_the_mean_of_passes_has_the_mean_gradient(trained):
 def test_rescaling_changes_no_prediction_and_saturates_nothing(trained):
     x = nets.to_tensor(data.load("digits").x_test[:20])
     loud = Masked(trained["plain"], after=lambda z: 1e6 * z)
-    logits = around.Rescaled(loud)(x)
+    logits = probes.Rescaled(loud)(x)
     torch.testing.assert_close(logits.std(1), torch.ones(20))
     assert (logits.argmax(1) == trained["plain"](x).argmax(1)).all()
-    equal = around.Rescaled(Masked(trained["plain"], after=lambda z: 0 * z + 5))
+    equal = probes.Rescaled(Masked(trained["plain"], after=lambda z: 0 * z + 5))
     assert (equal(x) == 5).all()  # nothing to rescale
 
 
 def test_float64_where_it_runs(trained):
     x = nets.to_tensor(data.load("digits").x_test[:2])
-    assert around.in_float64(trained["plain"], x)(x.double()).dtype == torch.float64
+    assert probes.in_float64(trained["plain"], x)(x.double()).dtype == torch.float64
     assert trained["plain"](x).dtype == torch.float32  # the original is as it was
-    assert around.in_float64(Masked(trained["plain"], lambda x: x.float()), x) is None
+    assert probes.in_float64(Masked(trained["plain"], lambda x: x.float()), x) is None
 
 
 def test_false_gradients(trained):
     """Those of networks and machines are true, in float64; a borrowed one and a rounded one not."""
     d = data.load("digits")
     x, y = nets.to_tensor(d.x_test[:40]).double(), torch.as_tensor(d.y_test[:40])
-    plain = around.in_float64(trained["plain"], x)
+    plain = probes.in_float64(trained["plain"], x)
     labels = data.one_hot(d.y_train[:50], 10)
     machine = krr.fit(kernels.by_name("fc2"), d.x_train[:50], labels).machine
     through = Masked(plain, lambda x: x + ((4 * x).round() / 4 - x).detach())
-    other = around.in_float64(trained["other"], x)
+    other = probes.in_float64(trained["other"], x)
     cases = {plain: 0, bridge.KernelNet(machine).in_float64(): 0, through: 1,
-             Misleading(plain, other): 1, around.WithoutGradient(plain): 0}  # fmt: skip
+             Misleading(plain, other): 1, probes.WithoutGradient(plain): 0}  # fmt: skip
     for net, expected in cases.items():
-        found = around.false_gradient(net, x, y).double().mean()
+        found = probes.false_gradient(net, x, y).double().mean()
         assert found == pytest.approx(expected, abs=0.1)
     # Logits of thousands, a cross-entropy of 0: what is saturated is not false.
     loud = Masked(plain, after=lambda z: 1e3 * z)
-    assert not around.false_gradient(loud, x, y).any()
+    assert not probes.false_gradient(loud, x, y).any()
 
 
 @pytest.mark.parametrize("threat", [THREAT, attacks.Threat("l2", 0.5)])
 @pytest.mark.parametrize("far", [False, True])
 def test_noise_keeps_to_the_ball(threat, far):
     x = torch.full((50, 1, 8, 8), 0.5)
-    noisy = around.noise(x, threat, torch.Generator().manual_seed(0), far=far)
+    noisy = probes.noise(x, threat, torch.Generator().manual_seed(0), far=far)
     distance = attacks.distance(noisy.numpy(), x.numpy(), threat.norm)
     assert (distance <= threat.epsilon + 1e-6).all()
     assert (distance > threat.epsilon * (0.99 if far else 0.8)).all()

@@ -10,10 +10,12 @@ import pytest
 
 from advkip import attacks, data, distill, kernels, krr
 from advkip.config import Experiment
+from tests.sections import changed, experiment
 
-SMALL = Experiment(
-    n_support=30, n_target=25, n_validation=40, n_test=50, n_steps=6, eval_every=2,
-    checkpoint_every=2, pgd_steps=3, eval_pgd_steps=3, kernel="fc2", learning_rate=0.01,
+SMALL = experiment(
+    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
+    adv_kip__n_steps=6, adv_kip__eval_every=2, adv_kip__checkpoint_every=2, adv_kip__pgd_steps=3,
+    adv_kip__eval_pgd_steps=3, kernel__name="fc2", adv_kip__learning_rate=0.01,
 )  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def assert_same(a, b):
     assert (a.step, a.stopped) == (b.step, b.stopped)
 
 
-def reference(experiment, splits, n_steps):
+def reference(experiment, splits, n_steps, method):
     """Algorithm 1 word for word: neural_tangents kernels, autodiff through solve and kernels."""
     stax = kernels.stax_module()
     dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * 2
@@ -46,30 +48,29 @@ def reference(experiment, splits, n_steps):
     def predict(x, support):
         x_s, y_s = support
         k_ss = net(x_s, x_s, "ntk")
-        ridge = experiment.diag_reg * jnp.trace(k_ss) / len(x_s) * jnp.eye(len(x_s))
+        ridge = experiment.kernel.diag_reg * jnp.trace(k_ss) / len(x_s) * jnp.eye(len(x_s))
         return net(x, x_s, "ntk") @ jnp.linalg.solve(k_ss + ridge, y_s)
 
     def loss(x, labels, support, name):
         return attacks.LOSSES[name](predict(x, support), labels).mean()
 
     support = tuple(map(jnp.asarray, distill.initial_support(experiment, splits)))
-    adam = optax.adam(experiment.learning_rate)
+    settings, threat = experiment.distillation(method), experiment.threat
+    adam = optax.adam(settings.learning_rate)
     memory = adam.init(support)
     for step in range(n_steps):
         index = data.generator(experiment.seed, "target", step).choice(
-            len(splits.x_pool), experiment.n_target, replace=False, shuffle=False
+            len(splits.x_pool), experiment.support.n_target, replace=False, shuffle=False
         )
         x_0, y = splits.x_pool[index], splits.y_pool[index]
         x = jnp.asarray(x_0)
-        for _ in range(experiment.pgd_steps):
+        for _ in range(settings.pgd_steps):
             slope = jax.grad(loss)(x, jnp.eye(10)[y], support, "cross-entropy")
-            length = experiment.epsilon if experiment.pgd_steps == 1 else experiment.step_size
-            x = jnp.clip(
-                x + length * jnp.sign(slope), x_0 - experiment.epsilon, x_0 + experiment.epsilon
-            )
+            length = threat.epsilon if settings.pgd_steps == 1 else threat.step_size
+            x = jnp.clip(x + length * jnp.sign(slope), x_0 - threat.epsilon, x_0 + threat.epsilon)
             x = jnp.clip(x, 0, 1)
-        labels = jnp.eye(10)[y] - (0.1 if experiment.outer_loss == "mse" else 0)
-        slope = jax.grad(loss, 2)(x, labels, support, experiment.outer_loss)
+        labels = jnp.eye(10)[y] - (0.1 if settings.outer_loss == "mse" else 0)
+        slope = jax.grad(loss, 2)(x, labels, support, settings.outer_loss)
         changes, memory = adam.update(slope, memory)
         support = optax.apply_updates(support, changes)
     return support
@@ -81,26 +82,33 @@ def test_equals_algorithm_1_word_for_word(digits, pgd_steps, outer_loss):
     """With pgd_steps 0 this is KIP. The ridge keeps K_SS well-conditioned, so that rounding in
     neural_tangents' diagonal (1e-8) stays small; Adam divides by the gradient's size, hence
     1e-4 of the learning rate."""
-    e = SMALL.replace(
-        dtype="float64", pgd_steps=pgd_steps, outer_loss=outer_loss, diag_reg=1e-3, n_steps=3,
-        n_target=15, n_support=20, eval_every=3,
-    )  # fmt: skip
+    method = "adv-kip" if pgd_steps else "kip"
+    own = {"pgd_steps": pgd_steps, "outer_loss": outer_loss, "n_steps": 3, "eval_every": 3}
+    e = changed(
+        SMALL, kernel__dtype="float64", kernel__diag_reg=1e-3, support__n_target=15,
+        support__n_support=20,
+    ).replace(**{method.replace("-", "_"): own | {"learning_rate": 0.01}})  # fmt: skip
+    if method == "kip":
+        e = changed(e, kip__label_learning_rate=0.01)
     splits = data.split(digits, e)
-    x, y = reference(e, splits, 3)
-    runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+    x, y = reference(e, splits, 3, method)
+    runner = distill._Run(e, splits, kernels.of(e.kernel), method)
     state = runner.start(distill.initial_support(e, splits))
     for _ in range(3):
         state = runner.advance(state)
     assert state.step == 3
-    np.testing.assert_allclose(state.support[0], x, atol=1e-4 * e.learning_rate)
-    np.testing.assert_allclose(state.support[1], y, atol=1e-4 * e.learning_rate)
-    assert np.abs(x - splits.x_support).max() > e.learning_rate
+    rate = e.distillation(method).learning_rate
+    np.testing.assert_allclose(state.support[0], x, atol=1e-4 * rate)
+    np.testing.assert_allclose(state.support[1], y, atol=1e-4 * rate)
+    assert np.abs(x - splits.x_support).max() > rate
 
 
 def test_loss_falls_and_robust_accuracy_rises(digits):
-    e = SMALL.replace(
-        n_steps=60, n_support=80, n_target=80, n_validation=200, eval_every=20,
-        pgd_steps=10, eval_pgd_steps=10,
+    e = changed(
+        SMALL,
+        adv_kip__n_steps=60, support__n_support=80, support__n_target=80,
+        dataset__n_validation=200, adv_kip__eval_every=20, adv_kip__pgd_steps=10,
+        adv_kip__eval_pgd_steps=10,
     )  # fmt: skip
     history = run(e, digits).history
     assert history[-1]["loss"] < history[0]["loss"] - 0.05
@@ -114,7 +122,7 @@ def test_loss_falls_and_robust_accuracy_rises(digits):
 
 def test_same_seed_same_bits(digits):
     assert_same(run(SMALL, digits), run(SMALL, digits))
-    other = run(SMALL.replace(seed=1), digits)
+    other = run(changed(SMALL, seed=1), digits)
     assert not np.array_equal(run(SMALL, digits).x_support, other.x_support)
 
 
@@ -122,7 +130,7 @@ def test_single_precision_mode(digits, tmp_path):
     """What users run by default: JAX without double precision."""
     with jax.enable_x64(False):
         whole = run(SMALL, digits)
-        run(SMALL.replace(n_steps=3), digits, checkpoint_dir=tmp_path)
+        run(changed(SMALL, adv_kip__n_steps=3), digits, checkpoint_dir=tmp_path)
         resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
         assert whole.x_support.dtype == "float32"
         np.testing.assert_array_equal(resumed.x_support, whole.x_support)
@@ -144,8 +152,8 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, 
     with pytest.raises(interruption):
         run(SMALL, digits, checkpoint_dir=tmp_path)
     monkeypatch.undo()
-    (path,) = tmp_path.glob("checkpoint-*.npz")
-    saved = json.loads(str(np.load(path)["notes"]))["step"]
+    head = json.loads(str(np.load(tmp_path / "distillation-adv-kip.npz")["head"]))
+    saved = head["notes"]["step"]
     assert saved == {KeyboardInterrupt: 5, SystemExit: 4}[interruption]
     resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
     assert_same(resumed, whole)
@@ -153,26 +161,28 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, 
 
 
 def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
-    run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
+    run(changed(SMALL, adv_kip__n_steps=4), digits, checkpoint_dir=tmp_path)
     assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), run(SMALL, digits))
-    run(SMALL.replace(n_steps=3, seed=1), digits, checkpoint_dir=tmp_path)
-    longer = run(SMALL.replace(seed=1), digits, checkpoint_dir=tmp_path)
+    other = tmp_path / "other"
+    run(changed(SMALL, adv_kip__n_steps=3, seed=1), digits, checkpoint_dir=other)
+    longer = run(changed(SMALL, seed=1), digits, checkpoint_dir=other)
     assert [line["step"] for line in longer.history] == [0, 2, 3, 4, 6]  # 3 was looked at, too
     with pytest.raises(ValueError, match="expected a checkpoint of at most 4 steps, got 6"):
-        run(SMALL.replace(n_steps=4), digits, checkpoint_dir=tmp_path)
+        run(changed(SMALL, adv_kip__n_steps=4), digits, checkpoint_dir=tmp_path)
 
 
 def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):
     run(SMALL, digits, checkpoint_dir=tmp_path)
-    other = SMALL.replace(learning_rate=0.02)
-    assert_same(run(other, digits, checkpoint_dir=tmp_path), run(other, digits))
+    other = changed(SMALL, adv_kip__learning_rate=0.02)
+    with pytest.raises(ValueError, match="got adv_kip.learning_rate 0.01 instead of 0.02"):
+        run(other, digits, checkpoint_dir=tmp_path)
 
 
 def test_another_kernel_or_other_images_do_not_take_the_checkpoint(digits, tmp_path):
     run(SMALL, digits, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="same settings, kernel and images"):
+    with pytest.raises(ValueError, match="got kernel values"):
         run(SMALL, digits, checkpoint_dir=tmp_path, kernel=kernels.by_name("fc5"))
-    with pytest.raises(ValueError, match="same settings, kernel and images"):
+    with pytest.raises(ValueError, match="got data '"):
         run(SMALL, digits._replace(x_train=digits.x_train**2), checkpoint_dir=tmp_path)
 
 
@@ -185,44 +195,40 @@ def test_a_data_file_that_was_mended_does_not_take_the_checkpoint(digits, tmp_pa
     pixels = splits.x_validation.copy()
     pixels[-1, 0, 0, 0] += 0.5
     for mended in (splits._replace(y_pool=labels), splits._replace(x_validation=pixels)):
-        with pytest.raises(ValueError, match="got other training data"):
+        with pytest.raises(ValueError, match="got data '"):
             distill.distill(SMALL, mended, checkpoint_dir=tmp_path, progress=False)
-    # A set that is saved is made again, from the mended data.
-    folder = tmp_path / "sets"
-    first = distill.training_sets(SMALL, splits, digits, folder, ["adv-kip"])["adv-kip"]
-    again = distill.training_sets(SMALL, splits, digits, folder, ["adv-kip"])["adv-kip"]
-    assert (first.x == again.x).all()
-    (folder / f"checkpoint-{SMALL.fingerprint()}.npz").unlink()
-    mended = splits._replace(x_pool=splits.x_pool**2)
-    other = distill.training_sets(SMALL, mended, digits, folder, ["adv-kip"])["adv-kip"]
-    assert (first.x != other.x).any()
 
 
 def test_kip_takes_its_own_checkpoint(digits, tmp_path):
-    kip = SMALL.as_kip().replace(n_steps=4)
-    whole = run(kip, digits, checkpoint_dir=tmp_path)
-    assert_same(run(kip, digits, checkpoint_dir=tmp_path), whole)
+    e = changed(SMALL, kip__n_steps=4)
+    whole = run(e, digits, method="kip", checkpoint_dir=tmp_path)
+    run(e, digits, checkpoint_dir=tmp_path)
+    assert_same(run(e, digits, method="kip", checkpoint_dir=tmp_path), whole)
+    with pytest.raises(ValueError, match="expected settings of the method 'kip', got null"):
+        run(changed(SMALL, kip=None), digits, method="kip")
 
 
 def test_unreadable_checkpoint(digits, tmp_path):
-    (tmp_path / f"checkpoint-{SMALL.fingerprint()}.npz").write_bytes(b"not a checkpoint")
+    (tmp_path / "distillation-adv-kip.npz").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="delete the file to start again"):
         run(SMALL, digits, checkpoint_dir=tmp_path)
 
 
 def test_best_support_is_that_of_the_highest_robust_accuracy(digits, monkeypatch):
     """Also for KIP, which is judged by clean accuracy."""
-    look = distill._Run.look
+    validate = distill._Run.validate
     supports = {}
 
     def remember(self, state, machine, loss):
         supports[state.step] = np.asarray(state.support[0])
-        return look(self, state, machine, loss)
+        return validate(self, state, machine, loss)
 
-    monkeypatch.setattr(distill._Run, "look", remember)
-    for e, key in ((SMALL.replace(n_steps=30), "pgd"), (SMALL.as_kip(), "clean")):
+    monkeypatch.setattr(distill._Run, "validate", remember)
+    change = {"n_steps": 30, "learning_rate": 0.05, "eval_every": 2}
+    e = SMALL.replace(adv_kip=change, kip=change)
+    for method, key in (("adv-kip", "pgd"), ("kip", "clean")):
         supports.clear()
-        result = run(e.replace(n_steps=30, learning_rate=0.05), digits)
+        result = run(e, digits, method=method)
         best = max(result.history, key=lambda line: line[key])  # the first of equals
         assert result.step == best["step"]
         assert len(supports) == 16
@@ -233,19 +239,19 @@ def test_early_stopping(digits, monkeypatch):
     """Robust accuracy rises until step 4; with patience 6 the run ends at step 10."""
     predict, looks = attacks.predict, iter(range(100))
     scores = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3}
-    look = distill._Run.look
+    validate = distill._Run.validate
 
     def scripted(self, state, machine, loss):
-        right = round(scores[next(looks)] * SMALL.n_validation)
+        right = round(scores[next(looks)] * SMALL.dataset.n_validation)
         y = self.splits.y_validation
         wanted = np.where(np.arange(len(y)) < right, y, (y + 1) % 10)
         monkeypatch.setattr(attacks, "predict", lambda *_, **__: np.eye(10)[wanted])
-        state = look(self, state, machine, loss)
+        state = validate(self, state, machine, loss)
         monkeypatch.setattr(attacks, "predict", predict)
         return state
 
-    monkeypatch.setattr(distill._Run, "look", scripted)
-    result = run(SMALL.replace(n_steps=40, patience=6), digits)
+    monkeypatch.setattr(distill._Run, "validate", scripted)
+    result = run(changed(SMALL, adv_kip__n_steps=40, adv_kip__patience=6), digits)
     assert (result.stopped, result.step) == ("patience", 4)
     assert [line["step"] for line in result.history] == [0, 2, 4, 6, 8, 10]
     assert [line["pgd"] for line in result.history] == [0.1, 0.2, 0.5, 0.4, 0.5, 0.3]
@@ -254,7 +260,7 @@ def test_early_stopping(digits, monkeypatch):
 def after(e, digits, n_steps=3):
     """The support after some steps, whichever is best."""
     splits = data.split(digits, e)
-    runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+    runner = distill._Run(e, splits, kernels.of(e.kernel), "adv-kip")
     state = runner.start(distill.initial_support(e, splits))
     start = state.support
     for _ in range(n_steps):
@@ -263,22 +269,26 @@ def after(e, digits, n_steps=3):
 
 
 def test_fixed_labels(digits):
-    (x_0, x), (y_0, y) = after(SMALL.replace(learn_labels=False), digits)
+    (x_0, x), (y_0, y) = after(changed(SMALL, support__learn_labels=False), digits)
     np.testing.assert_array_equal(y, y_0)
     assert np.abs(x - x_0).max() > 0.01
 
 
 def test_clipped_support(digits):
     for clip in (False, True):
-        x = after(SMALL.replace(clip_support=clip, learning_rate=0.3), digits)[0][1]
+        x = after(changed(SMALL, support__clip=clip, adv_kip__learning_rate=0.3), digits)[0][1]
         assert (x.min() >= 0 and x.max() <= 1) == clip
 
 
 @pytest.mark.parametrize(
-    "change", [{"norm": "l2", "epsilon": 1.0, "step_size": 0.25}, {"optimizer": "rmsprop"}]
+    "change",
+    [
+        {"threat": {"norm": "l2", "epsilon": 1.0, "step_size": 0.25}},
+        {"adv_kip": {"optimizer": "rmsprop"}},
+    ],
 )
 def test_other_balls_and_optimisers(digits, change):
-    x, usual = after(SMALL.replace(**change), digits)[0][1], after(SMALL, digits)[0][1]
+    x, usual = after(changed(SMALL, **change), digits)[0][1], after(SMALL, digits)[0][1]
     assert np.isfinite(x).all()
     assert np.abs(x - usual).max() > 1e-3
 
@@ -287,11 +297,16 @@ def test_own_learning_rate_of_the_labels(digits):
     """One step of sgd moves labels in proportion to their own learning rate."""
     moves = {}
     for rate in (1e-3, 2e-3):
-        e = SMALL.replace(
-            optimizer="sgd", label_learning_rate=rate, n_steps=1, eval_every=1, dtype="float64"
+        e = changed(
+            SMALL,
+            adv_kip__optimizer="sgd",
+            adv_kip__label_learning_rate=rate,
+            adv_kip__n_steps=1,
+            adv_kip__eval_every=1,
+            kernel__dtype="float64",
         )
         splits = data.split(digits, e)
-        runner = distill._Run(e, splits, kernels.by_name(e.kernel))
+        runner = distill._Run(e, splits, kernels.of(e.kernel), "adv-kip")
         start = runner.start(distill.initial_support(e, splits))
         end = runner.advance(start)
         moves[rate] = [np.asarray(b - a) for a, b in zip(start.support, end.support, strict=True)]
@@ -301,11 +316,19 @@ def test_own_learning_rate_of_the_labels(digits):
 
 def test_logit_scale_scales_the_logits_of_both_losses(digits):
     """Labels ten times as large are the same as logits ten times as large."""
-    e = SMALL.replace(dtype="float64", learn_labels=False, n_steps=3, eval_every=3)
+    e = changed(
+        SMALL,
+        kernel__dtype="float64",
+        support__learn_labels=False,
+        adv_kip__n_steps=3,
+        adv_kip__eval_every=3,
+    )
     splits = data.split(digits, e)
     runs = []
     for scale, factor in ((10.0, 1), (1.0, 10)):
-        runner = distill._Run(e.replace(logit_scale=scale), splits, kernels.by_name(e.kernel))
+        runner = distill._Run(
+            changed(e, adv_kip__logit_scale=scale), splits, kernels.of(e.kernel), "adv-kip"
+        )
         x, y = distill.initial_support(e, splits)
         state = runner.start((x, factor * y))
         for _ in range(3):
@@ -315,19 +338,29 @@ def test_logit_scale_scales_the_logits_of_both_losses(digits):
 
 
 def test_divergence_stops_and_keeps_the_best(digits, tmp_path):
-    e = SMALL.replace(optimizer="sgd", learning_rate=1e-3, label_learning_rate=1e9)
+    e = changed(
+        SMALL,
+        adv_kip__optimizer="sgd",
+        adv_kip__learning_rate=1e-3,
+        adv_kip__label_learning_rate=1e9,
+    )
     with pytest.raises(distill.DivergedError, match="pass a smaller learning_rate") as error:
         run(e, digits, checkpoint_dir=tmp_path)
     kept = error.value.distilled
     np.testing.assert_array_equal(kept.x_support, kept.x_initial)
     assert kept.stopped == "diverged"
-    assert list(tmp_path.glob("checkpoint-*.npz"))
+    assert (tmp_path / "distillation-adv-kip.npz").exists()
     (path,) = tmp_path.glob("kept-*.npz")
     np.testing.assert_array_equal(np.load(path)["x_support"], kept.x_initial)
 
 
 def test_a_support_that_overflows_stops_and_keeps_the_best(digits, monkeypatch):
-    e = SMALL.replace(optimizer="sgd", learning_rate=3e38, label_learning_rate=3e38)
+    e = changed(
+        SMALL,
+        adv_kip__optimizer="sgd",
+        adv_kip__learning_rate=3e38,
+        adv_kip__label_learning_rate=3e38,
+    )
     with pytest.raises(distill.DivergedError):
         run(e, digits)
 
@@ -344,7 +377,7 @@ def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
 
 
 def test_not_positive_definite_says_what_to_change(digits):
-    same = SMALL.replace(diag_reg=0.0, kernel="fc1")
+    same = changed(SMALL, kernel__diag_reg=0.0, kernel__name="fc1")
     splits = data.split(digits, same)
     doubled = splits._replace(
         x_support=np.repeat(splits.x_support[:1], 30, 0), y_support=splits.y_support
@@ -363,21 +396,21 @@ def test_a_nan_image_is_refused(digits):
 
 def test_float64_wants_double_precision(digits):
     with jax.enable_x64(False), pytest.raises(ValueError, match="kernels.set_precision"):
-        run(SMALL.replace(dtype="float64"), digits)
-    assert run(SMALL.replace(dtype="float64"), digits).x_support.dtype == "float64"
+        run(changed(SMALL, kernel__dtype="float64"), digits)
+    assert run(changed(SMALL, kernel__dtype="float64"), digits).x_support.dtype == "float64"
     assert run(SMALL, digits).x_support.dtype == "float32"
 
 
 def test_a_kernel_of_ones_own(digits):
     stax = kernels.stax_module()
     network = stax.serial(stax.Flatten(), stax.Dense(1), stax.Erf(), stax.Dense(1))
-    result = run(SMALL.replace(n_steps=2), digits, kernel=kernels.Stax(network[2]))
+    result = run(changed(SMALL, adv_kip__n_steps=2), digits, kernel=kernels.Stax(network[2]))
     assert np.isfinite(result.x_support).all()
     assert result.history[-1]["clean"] > 0.5
 
 
 def test_saved_set_is_a_data_set_with_its_settings(digits, tmp_path):
-    e = SMALL.replace(learning_rate=0.1)
+    e = changed(SMALL, adv_kip__learning_rate=0.1)
     result = run(e, digits)
     result = result._replace(x_support=result.x_support - 0.1)  # whichever step was the best
     distill.save(tmp_path / "robust.npz", result, e, digits)
@@ -387,87 +420,22 @@ def test_saved_set_is_a_data_set_with_its_settings(digits, tmp_path):
     np.testing.assert_array_equal(loaded.y_train, result.y_support.argmax(1))
     np.testing.assert_array_equal(loaded.x_test, digits.x_test)
     with np.load(tmp_path / "robust.npz", allow_pickle=False) as file:
-        assert Experiment.from_params(json.loads(str(file["experiment"]))) == e
+        settings = json.loads(str(file["experiment"]))
+        assert settings.pop("method") == "adv-kip"
+        assert Experiment.from_params(settings) == e
         np.testing.assert_array_equal(file["y_train"], result.y_support)
-
-
-def test_training_sets_come_from_the_file_the_folder_or_a_new_run(digits, tmp_path, monkeypatch):
-    e, dataset = SMALL.replace(n_steps=2, n_original=40), digits
-    splits = data.split(digits, e)
-    found = distill.training_sets(e, splits, dataset, tmp_path)
-    assert list(found) == ["adv-kip", "original"]
-    assert found["original"][0].shape == (40, 8, 8, 1)
-    expected = distill.distill(e, splits, progress=False)
-    np.testing.assert_allclose(found["adv-kip"][0], expected.x_support, rtol=1e-6)
-    np.testing.assert_allclose(found["adv-kip"][1], expected.y_support, rtol=1e-6)
-    assert found["adv-kip"].kernel == "fc2"
-
-    e_other = e.replace(seed=1)
-    other = distill.training_sets(e_other, data.split(digits, e_other), dataset, tmp_path / "b")
-    assert not np.array_equal(other["adv-kip"][0], found["adv-kip"][0])
-    named = e.replace(distilled_set=str(tmp_path / "b" / "adv-kip.npz"), net_sets=["distilled"])
-
-    def distilled_again(*arguments, **options):
-        raise AssertionError("expected no new run")
-
-    monkeypatch.setattr(distill, "distill", distilled_again)
-    again = distill.training_sets(e, splits, dataset, tmp_path)
-    np.testing.assert_array_equal(again["adv-kip"][0], found["adv-kip"][0])
-    again = distill.training_sets(named, splits, dataset, tmp_path)
-    assert list(again) == ["adv-kip"]
-    np.testing.assert_array_equal(again["adv-kip"][0], other["adv-kip"][0])
-    distill.save(tmp_path / "k.npz", expected, e.as_kip(), dataset)
-    of_kip = distill.training_sets(
-        named.replace(distilled_set=str(tmp_path / "k.npz")), splits, dataset, tmp_path
-    )
-    assert list(of_kip) == ["kip"]
-    distill.save(tmp_path / "kip.npz", expected, e.as_kip(), dataset)
-    asked = distill.training_sets(e, splits, dataset, tmp_path, ("original", "kip", "adv-kip"))
-    assert list(asked) == ["original", "kip", "adv-kip"]
-    np.testing.assert_array_equal(asked["kip"].x, of_kip["kip"].x)
-    with pytest.raises(AssertionError, match="expected no new run"):
-        distill.training_sets(e.replace(learning_rate=0.5), splits, dataset, tmp_path)
-    with pytest.raises(AssertionError, match="expected no new run"):
-        distill.training_sets(e.replace(kip_steps=9), splits, dataset, tmp_path, ["kip"])
-
-
-def test_a_set_of_other_images_is_refused(digits, tmp_path, rng):
-    x, y = rng.random((20, 10, 10)), np.arange(20) % 10
-    np.savez(tmp_path / "other.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    e = SMALL.replace(distilled_set=str(tmp_path / "other.npz"))
-    with pytest.raises(ValueError, match=r"expected images \(8, 8, 1\) of 10 classes"):
-        distill.training_sets(e, data.split(digits, e), digits, tmp_path)
 
 
 def test_real_mnist_becomes_robust(shared_data):
     """From nothing to something on real images: PGD accuracy starts near 0 and rises."""
-    e = Experiment(
-        dataset="mnist", n_support=300, n_target=150, n_validation=200, n_test=10, kernel="fc3",
-        epsilon=0.3, step_size=0.1, pgd_steps=10, eval_pgd_steps=10, n_steps=40, eval_every=40,
+    e = experiment(
+        dataset__name="mnist", support__n_support=300, support__n_target=150,
+        dataset__n_validation=200, dataset__n_test=10, kernel__name="fc3", threat__epsilon=0.3,
+        threat__step_size=0.1, adv_kip__pgd_steps=10, adv_kip__eval_pgd_steps=10,
+        adv_kip__n_steps=40, adv_kip__eval_every=40,
     )  # fmt: skip
     mnist = data.load("mnist", shared_data)
     history = distill.distill(e, data.split(mnist, e), progress=False).history
     assert history[0]["pgd"] <= 0.02
     assert history[-1]["pgd"] >= 0.1
     assert history[-1]["clean"] >= 0.8
-
-
-def test_a_set_is_fitted_with_the_kernel_it_was_made_with(digits, tmp_path):
-    """Another depth, W_std, b_std or ridge is another machine."""
-    made = SMALL.replace(kernel="fc1", W_std=1.1, b_std=0.5, diag_reg=1e-3)
-    splits = data.split(digits, made)
-    result = distill.distill(made, splits, progress=False)
-    path = tmp_path / "foreign.npz"
-    distill.save(path, result, made, digits)
-    experiment = SMALL.replace(distilled_set=str(path), n_support=20)
-    (chosen,) = distill.training_sets(experiment, splits, digits, tmp_path, ["adv-kip"]).values()
-    machine = distill.machine(chosen, experiment)
-    assert chosen.settings == {"kernel": "fc1", "W_std": 1.1, "b_std": 0.5, "diag_reg": 1e-3}
-    assert machine.kernel == kernels.by_name("fc1", W_std=1.1, b_std=0.5)
-    expected = krr.fit(machine.kernel, result.x_support, result.y_support, diag_reg=1e-3).machine
-    np.testing.assert_array_equal(machine.alpha, expected.alpha)  # of all images, in their order
-    # Of images that no kernel made: the experiment's kernel, on as many as it distils.
-    original = distill.training_sets(experiment, splits, digits, tmp_path, ["original"])["original"]
-    machine = distill.machine(original, experiment)
-    assert machine.kernel == kernels.by_name("fc2")
-    assert len(machine.x_support) == 20

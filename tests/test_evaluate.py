@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from advkip import attacks, data, distill, evaluate, kernels, krr, nets, torch_attacks, training
-from advkip.config import Experiment
+from tests.sections import experiment
 
 THREAT = attacks.Threat("linf", 0.15)
 ATTACKS = ["fgsm", "pgd5", "pgd20"]
@@ -13,7 +13,7 @@ ATTACKS = ["fgsm", "pgd5", "pgd20"]
 
 @pytest.fixture(scope="module")
 def case():
-    e = Experiment(n_support=100, n_test=120)
+    e = experiment(support__n_support=100, dataset__n_test=120)
     splits = data.split(data.load("digits"), e)
     fitted = krr.fit(kernels.by_name("fc3"), *distill.initial_support(e, splits))
     return fitted.machine, splits.x_test, splits.y_test
@@ -237,7 +237,7 @@ def test_an_evaluation_continues_where_it_was_cut_off(net_case, tmp_path, monkey
     assert (fine(nets.to_tensor(net_case[1])) == coarse(nets.to_tensor(net_case[1]))).all()
     accuracies = [measure((net, *net_case[1:]), **settings)[-1].accuracy for net in (fine, coarse)]
     assert accuracies[0] != accuracies[1]
-    for path in tmp_path.glob("checkpoint-attacks-*.npz"):
+    for path in tmp_path.glob("attacks-*.npz"):
         path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="expected a checkpoint in"):
         measure(net_case, **settings)
@@ -356,9 +356,9 @@ class ByDLPack(torch.nn.Module):
 def test_the_gradient_of_networks_as_they_come(net_case):
     """One that changes its input in place has one; one that leaves PyTorch has none to see."""
     net, x, _ = net_case
-    moved = evaluate.wrap(InPlace(net).eval()).gradient(x[:4])
-    np.testing.assert_allclose(moved, evaluate.wrap(net).gradient(x[:4] - 0.1), rtol=1e-5)
-    assert evaluate.wrap(ByDLPack().eval()).gradient(x[:4]).size == 0
+    moved = evaluate.judged(InPlace(net).eval()).gradient(x[:4])
+    np.testing.assert_allclose(moved, evaluate.judged(net).gradient(x[:4] - 0.1), rtol=1e-5)
+    assert evaluate.judged(ByDLPack().eval()).gradient(x[:4]).size == 0
 
 
 class Constant(torch.nn.Module):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import compat, kernels, tiled
+from advkip import attacks, compat, data, distill, evaluate, kernel, kernels, krr, tiled
+from tests.sections import experiment
 from tests.stax_networks import convolutional as stax_conv
 from tests.stax_networks import fully_connected as stax_fc
 
@@ -210,3 +211,40 @@ def test_bad_input():
         kernels.set_precision("bfloat16")
     with pytest.raises(ImportError, match="expected JAX from 0.10.2 to 0.10.2"):
         compat.check_version((0, 11, 0))
+
+
+class Gaussian(kernel.Kernel):
+    """exp(-|x - s|^2), with nothing but what the interface asks for."""
+
+    floats_per_pair = 1
+
+    def value(self, x, s):
+        x, s = (a.reshape(len(a), -1) for a in (x, s))
+        return jnp.exp(-((x[:, None] - s[None]) ** 2).sum(-1))
+
+    def diagonal(self, x):
+        return 1 + 0 * x.reshape(len(x), -1).sum(1)
+
+    def value_and_pullback(self, x, s):
+        return jax.vjp(self.value, x, s)
+
+
+def test_the_engine_runs_on_a_kernel_that_has_just_the_interface():
+    e = experiment(
+        support__n_support=20, support__n_target=20, dataset__n_validation=20, dataset__n_test=20,
+        adv_kip__n_steps=3, adv_kip__pgd_steps=2, adv_kip__eval_pgd_steps=2,
+        kernel__diag_reg=1e-2,
+    )  # fmt: skip
+    splits = data.split(data.load("digits"), e)
+    found = distill.distill(e, splits, kernel=Gaussian(), progress=False)
+    assert found.history[-1]["loss"] < found.history[0]["loss"]
+    machine = krr.fit(Gaussian(), found.x_support, found.y_support, diag_reg=1e-2).machine
+    outcomes = evaluate.evaluate(
+        machine, splits.x_test, splits.y_test, threat=attacks.Threat("linf", 0.1), step_size=0.05,
+        attack_names=["fgsm", "pgd2", "apgd-ce"], progress=False,
+    )  # fmt: skip
+    assert outcomes[0].accuracy > 0.3
+    for missing in ("value", "diagonal", "value_and_pullback", "floats_per_pair"):
+        partial = {k: v for k, v in vars(Gaussian).items() if k != missing}
+        with pytest.raises(TypeError, match=missing):
+            type("Partial", (kernel.Kernel,), partial)()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.kernel_ridge import KernelRidge
 
-from advkip import attacks, data, kernels, krr
+from advkip import attacks, data, gram, kernels, krr
 from tests import stax_networks
 
 DIAG_REG = 1e-3
@@ -117,7 +117,7 @@ def test_lower_gram_is_the_lower_triangle(rng):
     x_s = problem(rng)[0]
     kernel = kernels.by_name("fc3")
     for size in (0, 5, 24):
-        k = krr.lower_gram(kernel, x_s, block_size=size)
+        k = gram.lower_gram(kernel, x_s, block_size=size)
         expected = np.array(kernel(x_s, x_s))
         np.fill_diagonal(expected, kernel.diagonal(x_s))
         np.testing.assert_allclose(np.tril(k), np.tril(expected), rtol=1e-12)

@@ -1,6 +1,7 @@
 """Networks as they come: in place, in half precision, with answers that are no logits."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +152,16 @@ def test_square_in_l2_is_refused_where_it_would_crash(digit_net, rng):
             net, x, np.zeros(2, int), threat=attacks.Threat("l2", 0.5), step_size=0.1,
             attack_names=["pgd2", "autoattack"], progress=False,
         )  # fmt: skip
+
+
+def test_autoattack_ends_no_debugger(digit_net):
+    def trace(*arguments):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        measure(digit_net, attack_names=["apgd-ce"])
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -14,66 +16,96 @@ import torch
 import yaml
 
 from advkip import (
-    attacks,
     data,
     diagnose,
     distill,
     evaluate,
     features,
-    kernels,
-    krr,
+    search,
+    sets,
     tables,
     training,
 )
-from advkip.config import Experiment, field_names
+from advkip.config import Experiment, schema
+from advkip.settings import Attack
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
 PARAMS = sorted(ROOT.glob("params/*.yaml")) + sorted(ROOT.glob("params/paper/*.yaml"))
 
-# Which modules of the package each one may import.
+# Which modules of the package each one imports: only such as stand above it here.
 IMPORTS = {
     "__init__": set(),
-    "values": set(),
-    "config": {"values"},
-    "compat": set(),
-    "data": {"inputs"},
-    "devices": set(),
-    "inputs": set(),
+    "checked": set(),
+    "settings": {"checked"},
+    "config": {"checked", "settings"},
     "files": set(),
-    "tiled": {"devices"},
-    "kernels": {"config", "compat", "devices", "tiled"},
-    "krr": {"devices", "inputs"},
+    "store": {"files"},
+    "progress": set(),
+    "inputs": set(),
+    "devices": set(),
+    "compat": set(),
+    "kernel": set(),
+    "tiled": {"devices", "kernel"},
+    "kernels": {"compat", "devices", "kernel", "settings", "tiled"},
+    "gram": {"devices"},
+    "krr": {"devices", "gram", "inputs"},
     "attacks": {"devices", "inputs"},
     "torch_attacks": {"attacks", "inputs"},
-    "bridge": {"devices", "krr", "attacks"},
-    "nets": {"config", "data"},
-    "recipe": {"config", "inputs", "attacks", "torch_attacks", "nets"},
-    "training": {"data", "files", "inputs", "torch_attacks", "nets", "recipe"},
-    "checkpoint": {"files"},
-    "distill": {"checkpoint", "config", "data", "kernels", "krr", "attacks"},
-    "models": {"around", "config", "attacks", "torch_attacks", "krr", "bridge", "nets"},
-    "evaluate": {"config", "files", "inputs", "attacks", "krr", "nets", "models"},
-    "around": {"torch_attacks"},
+    "probes": {"torch_attacks"},
     "hard_label": {"torch_attacks"},
-    "verdict": set(),
-    "diagnose": {
-        "around",
+    "bridge": {"attacks", "devices", "gram"},
+    "data": {"config", "files", "inputs", "settings"},
+    "nets": {"data"},
+    "recipe": {"attacks", "config", "inputs", "nets", "settings"},
+    "training": {"data", "files", "inputs", "nets", "progress", "recipe", "store", "torch_attacks"},
+    "search": {"config", "data", "nets", "recipe", "settings", "training"},
+    "distill": {
         "attacks",
         "config",
+        "data",
+        "files",
+        "gram",
+        "kernels",
+        "krr",
+        "progress",
+        "settings",
+        "store",
+    },
+    "features": {"data", "files", "nets", "progress", "settings", "store"},
+    "sets": {"config", "data", "distill", "features", "files", "kernels", "krr", "settings"},
+    "models": {"attacks", "bridge", "krr", "nets", "probes", "settings", "torch_attacks"},
+    "evaluate": {
+        "attacks",
+        "config",
+        "files",
+        "inputs",
+        "krr",
+        "models",
+        "nets",
+        "progress",
+        "settings",
+        "store",
+    },
+    "verdict": set(),
+    "questions": {
+        "attacks",
         "evaluate",
         "hard_label",
         "models",
         "nets",
+        "probes",
+        "settings",
         "torch_attacks",
         "verdict",
     },
-    "features": {"data", "files", "nets"},
+    "diagnose": {"evaluate", "nets", "probes", "progress", "questions", "settings", "verdict"},
     "figures": set(),
-    "preflight": {"config", "data", "files", "inputs"},
+    "preflight": {"config", "data", "files", "inputs", "settings"},
     "records": {"config", "files", "preflight"},
-    "tables": {"config", "records"},
-    "run": {"config", "files", "preflight", "records", "tables"},
+    "tables": {"config", "records", "settings"},
+    "signals": set(),
+    "run": {"config", "files", "preflight", "progress", "records", "signals", "tables"},
 }
 
 
@@ -100,13 +132,16 @@ def test_import_table():
     modules = {path.stem: imported(path) for path in ROOT.glob("advkip/*.py")}
     assert set(modules) == set(IMPORTS)
     for name, (ours, others) in modules.items():
-        assert ours <= IMPORTS[name], name
+        assert ours == IMPORTS[name], name
         assert "neural_tangents" not in others or name == "compat"
+    order = list(IMPORTS)
+    for name, above in IMPORTS.items():
+        assert all(order.index(one) < order.index(name) for one in above), name
 
 
 def test_modules_are_short():
     for path in ROOT.glob("advkip/*.py"):
-        assert len(path.read_text().splitlines()) <= 420, path.name
+        assert len(path.read_text().splitlines()) <= 350, path.name
 
 
 def tracked(folder="."):
@@ -119,16 +154,17 @@ def tracked(folder="."):
 def test_top_level():
     assert {path.parts[0] for path in tracked()} <= {
         "notebooks", "advkip", "params", "reports", "tests", "environment.yml", "README.md",
-        "CHANGELOG.md", "LICENSE", "pyproject.toml", "requirements.txt",
-        "requirements-nodeps.txt", "Makefile", ".ci", ".gitignore",
+        "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml",
+        "requirements.txt", "requirements-lab.txt", "requirements-test.txt",
+        "requirements-nodeps.txt", "Makefile", ".ci", ".gitignore", ".pre-commit-config.yaml",
     }  # fmt: skip
 
 
 def pins():
     lines = [
         line.strip()
-        for name in ("requirements.txt", "requirements-nodeps.txt")
-        for line in (ROOT / name).read_text().splitlines()
+        for name in sorted(ROOT.glob("requirements*.txt"))
+        for line in name.read_text().splitlines()
     ]
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
@@ -139,7 +175,8 @@ def test_pins_are_installed_and_stand_in_one_place():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     assert conda == ["python=3.11", "pip", "make"]
-    assert pip == {"pip": ["-r requirements.txt"]}
+    files = ["requirements.txt", "requirements-lab.txt", "requirements-test.txt"]
+    assert pip == {"pip": [f"-r {name}" for name in files]}
     assert "==" not in (ROOT / "pyproject.toml").read_text()
     assert "==" not in (ROOT / "Makefile").read_text()
 
@@ -178,8 +215,9 @@ def test_notebook_style(path):
         ast.literal_eval(node.value)
     declared = papermill.inspect_notebook(path.with_suffix(".ipynb"))
     assert "output" in declared
-    settings = set(declared) - {"output"}
-    assert settings <= set(field_names()) or not settings & set(field_names())
+    given = set(declared) - {"output"}
+    sections = set(Experiment.model_fields)
+    assert given <= sections or not given & sections
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     assert not re.search(r"jit\b|pip install|urllib|requests\.|savefig|plt\.", code)
     for node in ast.walk(ast.parse(code)):
@@ -193,23 +231,36 @@ def test_notebook_style(path):
         for node in ast.walk(ast.parse(cell.source))
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
-    assert not assigned & set(field_names())  # from_notebook would take it for a setting
-
-
-def defaults(notebook):
-    declared = papermill.inspect_notebook(ROOT / f"notebooks/{notebook}.ipynb")
-    return Experiment.from_notebook(
-        {k: ast.literal_eval(v["default"]) for k, v in declared.items()}
-    )
+    assert not (
+        given & sections and assigned & sections
+    )  # from_notebook would take it for a setting
 
 
 @pytest.mark.parametrize("notebook", ["01_kernels", "02_transfer", "03_cnns", "04_shortcomings"])
-def test_defaults_of_notebooks_are_one_valid_experiment(notebook):
-    experiment = defaults(notebook)
-    assert experiment.dataset == "digits"
-    # So that 02 and 03 take the set that 01 left behind.
-    assert experiment.distillation() == defaults("01_kernels").distillation()
-    assert experiment.n_steps == defaults("01_kernels").n_steps
+def test_notebooks_show_the_one_set_of_defaults(notebook):
+    """But for what a notebook leaves out to be quick, which it says."""
+    declared = papermill.inspect_notebook(ROOT / f"notebooks/{notebook}.ipynb")
+    shown = {key: ast.literal_eval(value["default"]) for key, value in declared.items()}
+    quick = {"04_shortcomings": {"fully_connected": {"nets": []}}}
+    found = Experiment.from_notebook(shown, notebook).changes()
+    assert {k: v for k, v in found.items() if k != "notebooks"} == quick.get(notebook, {})
+    default = Experiment().to_dict()
+    for section, values in shown.items():  # what is shown is there, and by its value
+        if isinstance(values, dict) and section not in quick.get(notebook, {}):
+            assert values.items() <= default[section].items()
+
+
+def test_schema_is_current_and_named():
+    assert (ROOT / "params" / "schema.json").read_text() == schema()
+    for path in PARAMS:
+        above = "" if path.parent.name == "params" else "../"
+        first = path.read_text().splitlines()[0]
+        assert first == f"# yaml-language-server: $schema={above}schema.json"
+
+
+ROBUST = sets.ROBUST_FEATURES
+PUBLISHED = {"data/robust_features_cifar"}
+"""Folders that params files name for the published files of that set."""
 
 
 def test_there_is_a_file_for_every_row_of_the_papers_tables():
@@ -219,16 +270,17 @@ def test_there_is_a_file_for_every_row_of_the_papers_tables():
     for path in (p for p in PARAMS if p.parent.name == "paper"):
         e = Experiment.from_file(path)
         assert path.stem == e.name
-        found |= {(e.dataset, f"kernel:{e.kernel}", e.n_support, m) for m in e.methods}
-        models = [e.fc_nets, e.cnns]
+        n, data_set = e.support.n_support, e.dataset.name
+        found |= {(data_set, f"kernel:{e.kernel.name}", n, method) for method in e.methods}
+        models = [e.fully_connected.nets, e.cnns.nets]
         for notebook, names in zip(("02_transfer", "03_cnns"), models, strict=True):
             if notebook in e.notebooks:
-                made = f"adv-kip {e.kernel}"
-                found |= {(e.dataset, net, e.n_support, made) for net in names}
-                if notebook == "03_cnns" and e.at_epochs:
-                    found |= {(e.dataset, net, 0, tables.ADVERSARIAL) for net in names}
-        if "04_shortcomings" in e.notebooks and "robust-features" in e.diagnosed_sets:
-            found |= {(e.dataset, net, nearest[50_000], "robust-features") for net in e.cnns}
+                made = f"adv-kip {e.kernel.name}"
+                found |= {(data_set, net, n, made) for net in names}
+                if notebook == "03_cnns" and e.adversarial_training:
+                    found |= {(data_set, net, 0, tables.ADVERSARIAL) for net in names}
+        if "04_shortcomings" in e.notebooks and set(e.diagnosis.sets) & {ROBUST, *PUBLISHED}:
+            found |= {(data_set, net, nearest[50_000], ROBUST) for net in e.cnns.nets}
     rows = {(*row[1:3], nearest.get(row[3], row[3]), row[4]) for row in tables.PAPER}
     assert rows <= found
 
@@ -240,32 +292,30 @@ SHAPES = {"digits": (8, 8), "mnist": (28, 28), "fashion_mnist": (28, 28), "cifar
 def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
     """Every setting of the file, the real image size, few images of noise, two steps."""
     e = Experiment.from_file(path)
-    shape = SHAPES.get(e.dataset, (8, 8))
+    shape = SHAPES.get(e.dataset.name, (8, 8))
     x = rng.integers(0, 256, (80, *shape)).astype("uint8")
     y = np.arange(80) % 10
-    np.savez(tmp_path / f"{e.dataset}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    name = e.dataset.name
+    np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    few = {"eval_pgd_steps": 2, "n_steps": 1}
+    inner = e.adv_kip and {"adv_kip": few | {"pgd_steps": min(e.adv_kip.pgd_steps, 2)}}
     e = e.replace(
-        data_dir=str(tmp_path), n_support=20, n_target=10, n_validation=10, n_test=10, n_steps=1,
-        kip_steps=1, pgd_steps=min(e.pgd_steps, 2), eval_pgd_steps=2,
+        dataset={"folder": str(tmp_path), "n_validation": 10, "n_test": 10},
+        support={"n_support": 20, "n_target": 10}, networks={"n_original": 20},
+        **inner or {}, **{"kip": few} if e.kip else {},
     )  # fmt: skip
-    splits = data.split(data.load(e.dataset, e.data_dir), e)
-    kernel = kernels.by_name(e.kernel, W_std=e.W_std, b_std=e.b_std)
+    splits = data.split(data.load(name, tmp_path), e)
+    protocol = evaluate.Protocol.of(e).with_attacks("fgsm", "pgd2")
     for method in e.methods:
-        settings = {"adv-kip": e, "kip": e.as_kip()}[method]
-        result = distill.distill(settings, splits, checkpoint_dir=tmp_path, progress=False)
+        result = distill.distill(e, splits, method=method, checkpoint_dir=tmp_path, progress=False)
         assert [line["step"] for line in result.history] == [0, 1]
-        (checkpoint,) = tmp_path.glob(f"checkpoint-{settings.fingerprint()}.npz")
-        moved = np.abs(np.load(checkpoint)["leaf0"] - result.x_initial)
-        assert 0 < moved.max() < 0.1
-        machine = krr.fit(kernel, result.x_support, result.y_support, diag_reg=e.diag_reg).machine
-        outcomes = evaluate.evaluate(
-            machine, splits.x_test, splits.y_test, threat=attacks.Threat(e.norm, e.epsilon),
-            attack_names=["fgsm", "pgd2"], step_size=e.step_size, progress=False,
-        )  # fmt: skip
+        moved = np.load(tmp_path / f"distillation-{method}.npz")["/0/0"] - result.x_initial
+        assert 0 < np.abs(moved).max() < 0.1
+        made = data.TrainingSet(result.x_support, result.y_support, e.kernel)
+        outcomes = protocol(sets.machine(made, e), splits.x_test, splits.y_test, progress=False)
         assert len(outcomes) == 3
     if set(e.notebooks) & {"02_transfer", "03_cnns", "04_shortcomings"}:
-        assert not e.distilled_set or e.distilled_set.startswith("reports/")
-        net = check_networks(e.replace(distilled_set=""), splits, tmp_path)
+        net = check_networks(e, splits, tmp_path)
     if "04_shortcomings" in e.notebooks:
         check_diagnosis(e, net, splits, tmp_path)
 
@@ -273,48 +323,51 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
 def check_networks(e, splits, folder):
     """An epoch of each network, plain and adversarial, and the attacks of the file but AutoAttack,
     whose name alone is checked: it takes minutes on a large network."""
-    dataset = data.load(e.dataset, e.data_dir)
-    sets = distill.training_sets(e.replace(n_original=20), splits, dataset, folder)
-    e = e.replace(net_epochs=1, net_eval_every=1, net_pgd_steps=1, at_epochs=1, at_pgd_steps=1)
-    for name in (*e.fc_nets, *e.cnns):
-        for adversarial in (False, True):
-            found = training.search(
-                name, *sets["original" if adversarial else "adv-kip"][:2],
-                recipe=training.Recipe.of(e, adversarial=adversarial), progress=False,
-                learning_rates=(e.at_learning_rates if adversarial else e.net_learning_rates)[:1],
-                seeds=e.net_seed_list()[:1],
-                watched=training.watched(splits, 5, seed=0),
+    dataset = data.load(e.dataset.name, e.dataset.folder)
+    for name in filter(sets.is_path, (*e.networks.sets, *e.diagnosis.sets)):
+        assert name.startswith("reports/") or name in PUBLISHED
+    asked = [name for name in e.networks.sets if not sets.is_path(name)]
+    chosen = sets.load({"original": 0} | dict.fromkeys(asked), e, splits, dataset, folder)
+    once = {"epochs": 1, "eval_every": 1}
+    at = e.adversarial_training and {"adversarial_training": once | {"pgd_steps": 1}}
+    e = e.replace(
+        fully_connected=once, cnns=once, networks={"pgd_steps": 1, "n_seeds": 1}, **at or {}
+    )
+    train = search.Trainer(e, training.watched(splits, 5, seed=0))
+    for net in (*e.fully_connected.nets, *e.cnns.nets):
+        for adversarially in (False, True) if at else (False,):
+            section = e.fully_connected if net.startswith("fc") else e.cnns
+            rates = (e.adversarial_training if adversarially else section).learning_rates
+            name = "original" if adversarially else next(iter(chosen))
+            found = train(
+                net, name, chosen[name], adversarially=adversarially, learning_rates=rates[:1],
+                progress=False,
             )  # fmt: skip
             (line,) = found.best[0].history
             assert np.isfinite(line["loss"])
-    names = [re.sub(r"pgd\d+", "pgd2", a) for a in e.net_attacks if "auto" not in a]
-    outcomes = evaluate.evaluate(
-        found.best[0].net, splits.x_test, splits.y_test, attack_names=names, progress=False,
-        threat=attacks.Threat(e.norm, e.epsilon), step_size=e.step_size,
-        threat_l2=attacks.Threat("l2", e.epsilon_l2), step_size_l2=e.step_size_l2,
-    )  # fmt: skip
+    attacks = [Attack.parse(name) for name in e.evaluation.attacks]
+    names = [re.sub(r"pgd\d+", "pgd2", one.name) for one in attacks if one.kind in ("fgsm", "pgd")]
+    protocol = evaluate.Protocol.of(e).with_attacks(*names)
+    outcomes = protocol(found.best[0].net, splits.x_test, splits.y_test, progress=False)
     assert len(outcomes) == 1 + len(names)
     return found.best[0].net
 
 
 def check_diagnosis(e, net, splits, folder):
     """Robust features, loaded or made in two steps, and a diagnosis without AutoAttack."""
-    labels = data.one_hot(splits.y_pool, splits.n_classes)
-    if e.robust_features:
+    if ROBUST in e.diagnosis.sets:
+        assert set(e.adversarial_training.nets) <= {*e.fully_connected.nets, *e.cnns.nets}
+        e = e.replace(robust_features={"n_images": 5, "n_steps": 2})
+        made = sets.invert(net, data.draw_original(e, splits), e, folder)
+        assert made.x.shape[1:] == splits.x_test.shape[1:]
+    elif PUBLISHED & set(e.diagnosis.sets):
         images = torch.as_tensor(splits.x_pool).movedim(3, 1)
         torch.save([images], folder / features.IMAGES)
         torch.save([torch.as_tensor(splits.y_pool)], folder / features.LABELS)
-        made = features.training_set(folder, shape=SHAPES["cifar10"], n_classes=10)
-    else:
-        assert set(e.at_nets) <= {*e.fc_nets, *e.cnns}
-        made = features.generate(
-            net, splits.x_pool, labels, n=5, steps=2, step_size=e.robust_step_size, seed=e.seed,
-            noise=e.robust_noise, progress=False,
-        )  # fmt: skip
-    assert made.x.shape[1:] == splits.x_test.shape[1:]
-    found = diagnose.diagnose(
-        net, splits.x_test, splits.y_test, threat=attacks.Threat(e.norm, e.epsilon), n_steps=1,
-        step_size=e.step_size, parts=(), progress=False,
+        assert sets.from_path(folder)[1].x.shape[1:] == splits.x_test.shape[1:]
+    found = diagnose.by_protocol(
+        evaluate.Protocol.of(e), net, splits.x_test, splits.y_test, n_steps=1, parts=(),
+        progress=False,
     )  # fmt: skip
     assert found.n == 10
     asked = {check.name for check in found.checks if check.passed is not None}
@@ -328,3 +381,19 @@ def test_reports_hold_small_files_and_no_machine_paths():
         assert path.stat().st_size < 2_000_000, name
         if path.suffix != ".png":
             assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), name
+
+
+def test_what_the_package_sets_for_the_libraries_it_loads():
+    """Threads that sleep, and a GPU that JAX and PyTorch share; both only where nothing is set."""
+    names = ("OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    program = f"import advkip, os; print([os.environ[name] for name in {names}])"
+    bare = {k: v for k, v in os.environ.items() if k not in names}
+    for given, expected in (
+        ({}, ["PASSIVE", "false"]),
+        ({names[0]: "ACTIVE"}, ["ACTIVE", "false"]),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-c", program], env=bare | given, cwd=ROOT, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert found.stdout.strip() == str(expected)

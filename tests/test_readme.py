@@ -29,8 +29,10 @@ def test_they_are_found():
 
 def test_ones_own_kernel(here):
     snippet = next(one for one in PYTHON if "stax_module" in one)
-    assert snippet.count("n_steps=20") == 1
-    exec(snippet.replace("n_steps=20", "n_steps=2, n_support=20, n_target=20"), here)
+    given = '{"adv_kip": {"n_steps": 20}}'
+    assert snippet.count(given) == 1
+    less = '{"adv_kip": {"n_steps": 2}, "support": {"n_support": 20, "n_target": 20}}'
+    exec(snippet.replace(given, less), here)
     assert isinstance(here["result"], distill.Distilled)
     assert here["result"].x_support.shape == (20, 8, 8, 1)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from advkip import preflight, records, tables, verdict
-from advkip.config import Experiment
 from advkip.evaluate import Outcome
+from tests.sections import experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,8 +21,10 @@ def outcome(attack, accuracy):
 
 
 def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
-    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10, seed=seed, **settings)
-    recorder = records.Recorder(experiment, folder, notebook)
+    e = experiment(
+        dataset__name="mnist", support__n_support=5000, support__n_target=10, seed=seed, **settings
+    )
+    recorder = records.Recorder(e, folder, notebook)
     outcomes = [outcome("clean", 0.9), outcome("pgd10", accuracy)]
     recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
     return recorder.write()
@@ -32,7 +34,7 @@ def test_layout(tmp_path):
     record = write(tmp_path)
     assert records.read(tmp_path / "results.json") == record
     assert set(record) == {"experiment", "data", "environment", "rows"}
-    assert record["experiment"]["n_support"] == 5000
+    assert record["experiment"]["support"]["n_support"] == 5000
     assert set(record["environment"]) >= {"versions", "commit", "device", "seconds"}
     assert record["environment"]["versions"]["jax"]
     row = record["rows"][1]
@@ -52,34 +54,34 @@ def test_notebooks_share_a_file(tmp_path):
 
 def test_a_folder_holds_results_of_one_experiment(tmp_path):
     """As the runner has it, so has a notebook that is run by hand."""
-    before = write(tmp_path, epsilon=0.3)
+    before = write(tmp_path, threat__epsilon=0.3)
     with pytest.raises(
-        ValueError, match=r"results.json to be of the same settings, got other .'eps"
+        ValueError, match=r"results.json to be of the same settings, got other .'threat.eps"
     ):
-        write(tmp_path, epsilon=0.2)
+        write(tmp_path, threat__epsilon=0.2)
     assert records.read(tmp_path / "results.json") == before
-    write(tmp_path, epsilon=0.3, n_steps=Experiment().n_steps + 1)  # it goes on
-    with pytest.raises(ValueError, match="got other .'n_steps', 'seed'.; pass output = '"):
-        write(tmp_path, notebook="02_transfer", epsilon=0.3, seed=1)
+    write(tmp_path, threat__epsilon=0.3, adv_kip__n_steps=61)  # it goes on
+    with pytest.raises(ValueError, match="got other .'adv_kip.n_steps', 'seed'.; pass output = '"):
+        write(tmp_path, notebook="02_transfer", threat__epsilon=0.3, seed=1)
 
 
 def test_rows_of_other_data_go(tmp_path, monkeypatch):
     def of_data(**digests):
-        monkeypatch.setattr(preflight, "digests", lambda experiment: digests)
+        monkeypatch.setattr(preflight, "digests", lambda experiment: dict(digests))
 
     def found(notebook):
         record = write(tmp_path, notebook=notebook)
         return {row["notebook"] for row in record["rows"]}, record["data"]
 
-    of_data(dataset="1", distilled_set="a")
-    assert found("02_transfer") == ({"02_transfer"}, {"dataset": "1", "distilled_set": "a"})
+    of_data(dataset="1", **{"a.npz": "a"})
+    assert found("02_transfer") == ({"02_transfer"}, {"dataset": "1", "a.npz": "a"})
     of_data(dataset="1")  # 01 does not read the other
     both = {"01_kernels", "02_transfer"}
-    assert found("01_kernels") == (both, {"dataset": "1", "distilled_set": "a"})
-    of_data(dataset="1", distilled_set="b")
+    assert found("01_kernels") == (both, {"dataset": "1", "a.npz": "a"})
+    of_data(dataset="1", **{"a.npz": "b"})
     assert found("03_cnns")[0] == {"01_kernels", "03_cnns"}
-    of_data(dataset="2", distilled_set="b")
-    assert found("01_kernels") == ({"01_kernels"}, {"dataset": "2", "distilled_set": "b"})
+    of_data(dataset="2", **{"a.npz": "b"})
+    assert found("01_kernels") == ({"01_kernels"}, {"dataset": "2", "a.npz": "b"})
 
 
 def test_table_sets_the_paper_beside_ours(tmp_path):
@@ -101,7 +103,7 @@ def test_seeds_become_mean_and_std(tmp_path):
 
 def test_only_seeds_are_averaged(tmp_path):
     """Another radius is another line, and one seed counts once."""
-    other = write(tmp_path / "b", accuracy=0.1, epsilon=0.1)
+    other = write(tmp_path / "b", accuracy=0.1, threat__epsilon=0.1, threat__step_size=0.05)
     same = write(tmp_path / "c", accuracy=0.3)
     text = tables.accuracy([write(tmp_path / "a", accuracy=0.3), other, same], tables=())
     assert text.count("ours") == 2
@@ -110,8 +112,8 @@ def test_only_seeds_are_averaged(tmp_path):
 
 
 def test_networks_in_the_table(tmp_path):
-    experiment = Experiment(dataset="cifar10", n_support=5000, n_target=10)
-    recorder = records.Recorder(experiment, tmp_path, "03_cnns")
+    e = experiment(dataset__name="cifar10", support__n_support=5000, support__n_target=10)
+    recorder = records.Recorder(e, tmp_path, "03_cnns")
     outcomes = [outcome("clean", 0.7), outcome("autoattack", 0.1), outcome("pgd20-l2", 0.3)]
     settings = {"model": "simple-cnn", "n_train": 800}
     distilled = {**settings, "trained_on": "adv-kip", "set_kernel": "fc3", "training": "plain"}
@@ -149,15 +151,27 @@ def test_networks_in_the_table(tmp_path):
 
 def test_a_change_of_network_settings_drops_their_rows_alone(tmp_path):
     write(tmp_path, notebook="01_kernels")
-    write(tmp_path, notebook="02_transfer", net_epochs=7)
-    assert len(write(tmp_path, notebook="03_cnns", net_epochs=7)["rows"]) == 6
-    found = write(tmp_path, notebook="02_transfer", net_epochs=8)
-    assert {row["notebook"] for row in found["rows"]} == {"01_kernels", "02_transfer"}
-    assert set(found["environment"]["seconds"]) == {"01_kernels", "02_transfer"}
-    # Notebook 01 is given no settings of networks, and leaves those of the others in place.
-    again = write(tmp_path, notebook="01_kernels")
+    write(tmp_path, notebook="02_transfer", fully_connected__epochs=7)
+    assert len(write(tmp_path, notebook="03_cnns", fully_connected__epochs=7)["rows"]) == 6
+    found = write(tmp_path, notebook="03_cnns", fully_connected__epochs=8)
+    assert {row["notebook"] for row in found["rows"]} == {"01_kernels", "03_cnns"}
+    assert set(found["environment"]["seconds"]) == {"01_kernels", "03_cnns"}
+    again = write(tmp_path, notebook="01_kernels", fully_connected__epochs=8)
     assert len(again["rows"]) == 4
-    assert again["experiment"]["net_epochs"] == 8
+    assert again["experiment"]["fully_connected"]["epochs"] == 8
+
+
+def test_sets_of_one_name_are_lines_apart(tmp_path):
+    """As when a notebook is run again with a set that was made anew."""
+    e = experiment(dataset__name="mnist")
+    recorder = records.Recorder(e, tmp_path, "03_cnns")
+    net = {"model": "simple-cnn", "trained_on": "adv-kip", "training": "plain", "n_train": 100}
+    for accuracy, name, seed in ((0.3, "a", 0), (0.5, "a", 1), (0.9, "b", 0)):
+        recorder.add([outcome("clean", accuracy)], **net, seed=seed, set=name)
+    text = tables.accuracy([recorder.write()], tables=())
+    assert text.count("ours") == 2
+    assert "| 40.00 ± 14.14 |" in text
+    assert "| 90.00 |" in text
 
 
 class Found:
@@ -180,8 +194,8 @@ class Found:
 
 def test_verdicts_stand_beside_their_accuracies(tmp_path):
     write(tmp_path, notebook="01_kernels")
-    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10)
-    recorder = records.Recorder(experiment, tmp_path, "04_shortcomings")
+    e = experiment(dataset__name="mnist", support__n_support=5000, support__n_target=10)
+    recorder = records.Recorder(e, tmp_path, "04_shortcomings")
     outcomes = [outcome("clean", 0.9), outcome("pgd10", 0.6)]
     net = {"model": "fc3-1024", "training": "plain", "n_train": 700}
     recorder.add(outcomes, **net, trained_on="original", diagnosis=Found("masked"))
@@ -200,27 +214,7 @@ def test_verdicts_stand_beside_their_accuracies(tmp_path):
     assert f"{ours} adv-kip | 100 | 90.00 | 60.00 | masked |" in lines
     # They stay when another notebook writes, and go with the settings they were made with.
     assert len(write(tmp_path, notebook="01_kernels")["diagnoses"]) == 3
-    assert "diagnoses" not in write(tmp_path, notebook="02_transfer", net_epochs=7)
-
-
-def test_learning_rates_that_notebooks_before_chose(tmp_path):
-    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10)
-    outcomes = [outcome("clean", 0.9)]
-    recorder = records.Recorder(experiment, tmp_path, "02_transfer")
-    net = {"model": "fc3-1024", "trained_on": "adv-kip"}
-    recorder.add(outcomes, **net, training="plain", learning_rate=0.01, n_train=7)
-    recorder.add(outcomes, **net, training="adversarial", learning_rate=0.5, n_train=7)
-    recorder.write()
-
-    def asked(notebook="04_shortcomings", **changes):
-        later = records.Recorder(experiment.replace(**changes), tmp_path, notebook)
-        return later.learning_rates("fc3-1024", "adv-kip")
-
-    assert asked() == [0.01]
-    assert asked(n_diagnose=7, cnns=["vgg11"]) == [0.01]
-    assert asked(net_epochs=7) == []  # chosen under other settings
-    assert asked("02_transfer") == []  # its own are made anew
-    assert records.Recorder(experiment, tmp_path / "no", "04").learning_rates("a", "b") == []
+    assert "diagnoses" not in write(tmp_path, notebook="02_transfer", networks__n_watch=7)
 
 
 def test_the_table_of_checks():
@@ -231,12 +225,13 @@ def test_the_table_of_checks():
     assert "| **verdict** | **masked** | **nothing claimed** |" in lines
     assert "| noise (at most 15%) | **20%** | - |" in lines
     assert "| order (at most 5%) | 0% | 0% |" in lines
-    assert "| mean gradient norm, images read right | 0.012 | 0.012 |" in lines
-    assert "| mean gradient norm, images read wrong | - | - |" in lines
+    assert "| mean gradient norm, correctly classified images | 0.012 | 0.012 |" in lines
+    assert "| mean gradient norm, misclassified images | - | - |" in lines
     assert (
-        "| images read right whose gradient float32 rounds at least in part | 40% | 40% |" in lines
+        "| correctly classified images whose gradient float32 rounds at least in part | 40% | 40% |"
+        in lines
     )
-    assert "| images read right whose gradient float32 rounds to 0 | 0% | 0% |" in lines
+    assert "| correctly classified images whose gradient float32 rounds to 0 | 0% | 0% |" in lines
     assert "| transfer (at most 15%) | - | - |" in lines
     parts = tables.checks({str(i): found["a"] for i in range(8)}, columns=3).split("\n\n")
     assert [part.splitlines()[0] for part in parts] == [
@@ -304,14 +299,40 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
             constant = any("constant answer" in reason for reason in found["reasons"])
             name = verdict.judge(*counts, found["n"], checks, constant=constant)[0]
             assert name == found["verdict"]
-    readme = ROOT / "README.md"
-    assert tables.update_readme(readme, paths) == readme.read_text()
+    found = [records.read(path) for path in paths]
+    for name, mark, table in (
+        ("README.md", "summary", tables.summary), ("reports/README.md", "results", tables.accuracy),
+    ):  # fmt: skip
+        text = (ROOT / name).read_text()
+        assert tables.updated(text, mark, table(found)) == text
 
 
-def test_readme_without_marks(tmp_path):
-    (tmp_path / "README.md").write_text("no marks")
+def test_a_text_without_marks():
     with pytest.raises(ValueError, match="add them"):
-        tables.update_readme(tmp_path / "README.md", [])
+        tables.updated("no marks", "results", "| table |")
+    assert tables.updated("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == (
+        "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    )
+
+
+def test_the_summary_is_of_figures_under_autoattack(tmp_path):
+    e = experiment(dataset__name="cifar10", support__n_support=5000)
+    recorder = records.Recorder(e, tmp_path, "03_cnns")
+    outcomes = [outcome("clean", 0.7), outcome("autoattack", 0.1)]
+    net = {"model": "simple-cnn", "n_train": 800}
+    recorder.add(outcomes, **net, trained_on="adv-kip", training="plain")
+    recorder.add(outcomes, **net, trained_on="original", training="adversarial")
+    recorder.add(outcomes[:1], model="kernel:fc3", trained_on="adv-kip", training="kernel")
+    lines = tables.summary([recorder.write()]).splitlines()
+    assert lines[0].startswith("| model, training | data | CIFAR-10, 8/255: images | clean | Auto")
+    assert (
+        "| simple-cnn, plain | adv-kip | 800 | 70.0 | 10.0 | 0.00 ± 0.00 |  |  |  | 0.00 |" in lines
+    )
+    assert (
+        "| simple-cnn, adversarial | original | 800 | 70.0 | 10.0 | 26.18 |  |  |  | 88.77 |"
+        in lines
+    )
+    assert "| fc3, kernel | adv-kip |  |  |  |  |  |  |  |  |" in lines
 
 
 def test_a_verdict_without_figures_is_no_line(tmp_path):
@@ -329,8 +350,8 @@ def test_a_verdict_without_figures_is_no_line(tmp_path):
 
 def test_a_table_of_a_run_shows_that_run_alone(tmp_path):
     write(tmp_path, notebook="02_transfer")
-    experiment = Experiment(dataset="mnist", n_support=5000, n_target=10)
-    recorder = records.Recorder(experiment, tmp_path, "01_kernels")
+    e = experiment(dataset__name="mnist", support__n_support=5000, support__n_target=10)
+    recorder = records.Recorder(e, tmp_path, "01_kernels")
     recorder.add([outcome("clean", 0.7)], model="kernel:fc3", trained_on="kip", training="kernel")
     recorder.write()
     assert {row["notebook"] for row in recorder.own()["rows"]} == {"01_kernels"}
@@ -350,7 +371,7 @@ def test_the_verdict_before_there_was_a_fourth(tmp_path):
 def test_what_a_record_lacks_is_named(tmp_path):
     path = tmp_path / "results.json"
     record = write(tmp_path)
-    for part, key in (("experiment", "dataset"), ("experiment", "n_support")):
+    for part, key in (("experiment", "dataset"), ("experiment", "support")):
         inside = {k: v for k, v in record[part].items() if k != key}
         path.write_text(json.dumps(record | {part: inside}))
         with pytest.raises(ValueError, match=f"results.json: expected the key '{key}' in '{part}'"):

@@ -15,6 +15,9 @@ import psutil
 import pytest
 
 from advkip import files, run
+from tests.sections import nested
+
+NETS = {"notebooks": ["02_transfer"]}
 
 GOOD = ["seed = 0\noutput = '.'", "import json\nprint('seed is', seed)"]
 BAD = ["output = '.'", "value = 1", "# the faulty cell\n1 / (value - 1)"]
@@ -58,7 +61,7 @@ def test_executes_skips_and_runs_again(project, capfd):
     assert executed.stat().st_mtime_ns == changed
     assert run.main([path, "--set", "seed=8"]) == 0
     assert output_of(executed) == "seed is 8\n"
-    checkpoint = Path("reports/x/checkpoint-0.npz")
+    checkpoint = Path("reports/x/network-0.npz")
     checkpoint.touch()
     assert run.main([path, "--set", "seed=8", "--force"]) == 0
     assert not checkpoint.exists()
@@ -77,8 +80,13 @@ def test_a_notebook_of_other_data_is_run_again(project, capfd):
         return "finished, skipped" not in capfd.readouterr().out
 
     save("mine.npz")
-    sizes = {"n_support": 10, "n_target": 10, "n_validation": 10}
-    path = params(project, dataset="mine", data_dir=".", **sizes)
+
+    def of_folder(folder):
+        found = {"name": "mine", "folder": folder, "n_validation": 10}
+        small = {"support": {"n_support": 10, "n_target": 10}, "networks": {"n_original": 10}}
+        return params(project, dataset=found, **small)
+
+    path = of_folder(".")
     assert ran()
     assert not ran()
     time.sleep(2.1)  # a zip file keeps the time in steps of two seconds
@@ -89,32 +97,23 @@ def test_a_notebook_of_other_data_is_run_again(project, capfd):
     assert not ran()
     (project / "elsewhere").mkdir()
     (project / "mine.npz").rename(project / "elsewhere" / "mine.npz")
-    path = params(project, dataset="mine", data_dir="elsewhere", **sizes)
+    path = of_folder("elsewhere")
     assert not ran()
 
 
-def test_new_prose_reaches_finished_notebooks_and_new_code_does_not(project, capfd):
+def test_new_code_is_said_of_a_finished_notebook(project, capfd):
     notebook, path = project / "notebooks" / "good.ipynb", params(project)
+    assert run.main([path, "--set", "seed=7"]) == 0
+    before = nbformat.read("reports/x/good.ipynb", 4)
     content = nbformat.read(notebook, 4)
-    content.cells.insert(1, nbformat.v4.new_markdown_cell("An old sentence."))
+    content.cells.insert(1, nbformat.v4.new_markdown_cell("A sentence."))
     nbformat.write(content, notebook)
     assert run.main([path, "--set", "seed=7"]) == 0
-    executed = Path("reports/x/good.ipynb")
-    before = nbformat.read(executed, 4)
-    content.cells[1].source = "A better one."
-    nbformat.write(content, notebook)
-    assert run.main([path, "--set", "seed=7"]) == 0
-    after = nbformat.read(executed, 4)
-    old = next(c for c in before.cells if c.cell_type == "markdown")
-    old.source = "A better one."
-    assert after == before  # nothing else has changed, outputs and injected parameters least
-    assert output_of(executed) == "seed is 7\n"
     assert "has changed since" not in capfd.readouterr().out
-    content.cells[1].source = "Prose about other code."
     content.cells[2].source += "\nprint('more')"
     nbformat.write(content, notebook)
     assert run.main([path, "--set", "seed=7"]) == 0
-    assert nbformat.read(executed, 4) == after
+    assert nbformat.read("reports/x/good.ipynb", 4) == before
     assert "finished, with code that has changed since, skipped" in capfd.readouterr().out
 
 
@@ -159,14 +158,14 @@ def test_interruption_says_how_to_go_on(project, capfd, monkeypatch):
 def test_relative_data_folders_hold_from_where_one_stands(project, monkeypatch):
     notebook = project / "notebooks" / "good.ipynb"
     content = nbformat.read(notebook, 4)
-    content.cells[0].source = "seed = 0\ndata_dir = ''\noutput = '.'"
-    content.cells[
-        1
-    ].source = "import os\nprint(os.path.isdir(data_dir), os.path.isdir(os.environ['ADVKIP_DATA']))"
+    content.cells[0].source = "seed = 0\ndataset = {}\noutput = '.'"
+    content.cells[1].source = """import os
+from advkip import files
+print(files.find(dataset['folder']).is_dir(), os.path.isdir(os.environ['ADVKIP_DATA']))"""
     nbformat.write(content, notebook)
     (project / "images").mkdir()
     monkeypatch.setenv("ADVKIP_DATA", "images")
-    assert run.main([params(project, data_dir="images")]) == 0
+    assert run.main([params(project, dataset={"folder": "images"})]) == 0
     assert output_of("reports/x/good.ipynb") == "True True\n"
 
 
@@ -189,7 +188,7 @@ def test_the_end_shows_the_table_and_where_to_look(project, capfd):
 
 def test_a_terminal_that_is_not_utf8(project):
     """The table has signs that ASCII has not."""
-    path = params(project, dataset="mnist", n_support=5000)
+    path = params(project, dataset={"name": "mnist"}, support={"n_support": 5000})
     experiment = run.Experiment.from_file(path)
     record = {"experiment": experiment.to_dict(), "environment": {}, "rows": []}
     row = dict.fromkeys(("notebook", "model", "trained_on", "training", "attack", "norm"), "clean")
@@ -209,8 +208,8 @@ def test_a_terminal_that_is_not_utf8(project):
 def test_everything_is_checked_before_anything_runs(project, capfd):
     first = params(project)
     for settings, message in (
-        ({"learning_rate": "1e-6"}, "y.yaml: expected learning_rate to be a finite float"),
-        ({"epsilom": 0.1}, "y.yaml: expected known settings, got ['epsilom']"),
+        ({"seed": "1e-6"}, "y.yaml: seed: expected a valid integer, got '1e-6' (str)"),
+        ({"threat": {"epsilom": 0.1}}, "y.yaml: threat.epsilom: expected a known setting"),
         ({"notebooks": ["09_none"]}, "y.yaml: expected notebooks to name files of notebooks/"),
         ({"name": "x"}, "y.yaml: expected a name of its own, got 'x'"),
     ):
@@ -230,42 +229,43 @@ def test_results_of_other_settings_are_not_overwritten(project, capfd):
     experiment = run.Experiment.from_file(path).to_dict()
 
     def with_results_of(**changes):
-        results = {"experiment": {**experiment, **changes}, "environment": {}, "rows": []}
+        changed = run.Experiment.from_params(experiment).replace(**changes).to_dict()
+        results = {"experiment": changed, "environment": {}, "rows": []}
         Path("reports/x/results.json").write_text(json.dumps(results))
         return run.main([path])
 
     assert with_results_of(seed=5) == 2
     assert "got other ['seed']; pass --set name=" in capfd.readouterr().err
-    assert with_results_of(n_steps=1000) == 2
+    assert with_results_of(adv_kip={"n_steps": 1000}) == 2
     # More steps, other notebooks, and settings that did not exist then, are the same experiment.
-    assert with_results_of(n_steps=1) == 0
+    assert with_results_of(adv_kip={"n_steps": 1}) == 0
     assert with_results_of(notebooks=["bad"]) == 0
-    assert with_results_of(net_epochs=1) == 0
-    del experiment["kip_patience"]
+    assert with_results_of(cnns={"epochs": 1}) == 0
+    del experiment["kip"]["patience"]
     assert with_results_of() == 0
 
 
-def test_settings_of_networks_reach_their_notebooks_alone(project):
+def test_a_change_of_a_section_reruns_what_depends_on_it_alone(project):
     for name in ("01_kernels", "03_cnns"):
-        cells = ["seed = 0\noutput = '.'", "print(sorted(globals().keys() & {'cnns', 'seed'}))"]
+        cells = ["seed = 0\noutput = '.'", "print(sorted(globals().keys() & {'cnns'}))"]
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
         notebook.cells[0].metadata["tags"] = ["parameters"]
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
         notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, project / "notebooks" / f"{name}.ipynb")
-    path = params(project, notebooks=["01_kernels", "03_cnns"], cnns=["vgg11"])
+    path = params(project, notebooks=["01_kernels", "03_cnns"], cnns={"nets": ["vgg11"]})
     assert run.main([path]) == 0
-    assert output_of("reports/x/01_kernels.ipynb") == "['seed']\n"
-    assert output_of("reports/x/03_cnns.ipynb") == "['cnns', 'seed']\n"
-    before = [Path(f"reports/x/{n}.ipynb").stat().st_mtime_ns for n in ("01_kernels", "03_cnns")]
-    assert run.main([path, "--set", "net_epochs=3", "--set", "block_size=64"]) == 0
-    after = [Path(f"reports/x/{n}.ipynb").stat().st_mtime_ns for n in ("01_kernels", "03_cnns")]
-    assert after[0] == before[0]  # not run again
-    assert after[1] > before[1]
-    e = run.Experiment.from_file(path, ["distilled_set=sets/a.npz"])
-    found = run.parameters_for("03_cnns", e, Path("reports/x"))
-    assert found["distilled_set"] == "../sets/a.npz"
-    assert "distilled_set" not in run.parameters_for("01_kernels", e, Path("reports/x"))
+    assert output_of("reports/x/03_cnns.ipynb") == "['cnns']\n"  # the seed is at its default
+
+    def ran(*changes):
+        notebooks = [Path(f"reports/x/{n}.ipynb") for n in ("01_kernels", "03_cnns")]
+        before = [path.stat().st_mtime_ns for path in notebooks]
+        assert run.main([path, *(f"--set={change}" for change in changes)]) == 0
+        return [one.stat().st_mtime_ns > old for one, old in zip(notebooks, before, strict=True)]
+
+    assert ran("cnns.epochs=3", "kernel.block_size=64") == [False, True]
+    assert ran("cnns.epochs=3", "fully_connected.epochs=7", "diagnosis.n_images=5") == [False] * 2
+    assert ran("cnns.epochs=3", "adv_kip.n_steps=7") == [True, True]
 
 
 def test_paths_in_executed_notebooks_are_relative(project):
@@ -388,7 +388,7 @@ def test_starting_over_leaves_nothing_to_mix(project):
     folder = project / "reports" / "x"
     assert run.main([params(project)]) == 0
     path = params(project, notebooks=["good", "bad"])
-    for name in ("checkpoint-1.npz", "kip.npz", "adv-kip.npz", "robust-features.npz"):
+    for name in ("distillation-kip.npz", "network-1.npz", "adv-kip.npz", "robust-features.npz"):
         (folder / name).touch()
     (folder / "mine.npz").touch()
     assert run.main([path, "--force"]) == 1  # cut off before its end
@@ -406,20 +406,22 @@ def test_braces_in_the_folder_of_results(project, folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n_support": 5000}, "n_support = 5000: expected 500 images of class 0"),
-        ({"n_target": 1300}, "n_target = 1300: expected at most 1237 images"),
-        ({"n_validation": 2000}, "n_validation = 2000"),
-        ({"n_original": 3000}, "n_original = 3000"),
-        ({"n_test": 800}, "n_test = 800"),
-        ({"dataset": "nowhere"}, "expected a data set in"),
-        ({"data_dir": "nowhere"}, "expected data_dir to be a folder"),
-        ({"distilled_set": "no.npz"}, "expected distilled_set to be a .npz file, got no.npz"),
-        ({"robust_features": "no"}, "expected robust_features to be a folder or a .npz, got no"),
-        ({"norm": "l2", "epsilon": 9.0}, "expected an l2 radius of at most 8.0"),
-        ({"net_attacks": ["pgd2-l2"], "epsilon_l2": 9.0}, "expected an l2 radius of at most 8.0"),
-        ({"dataset": "three", "data_dir": ".", "n_support": 6, "n_target": 6, "n_validation": 6,
-          "notebooks": ["02_transfer"]}, "net_attacks for 3 classes, got ..autoattack"),
-        ({"distilled_set": "three.npz"}, r"three.npz: expected images \(8, 8, 1\) of 10 classes"),
+        ({"support__n_support": 5000}, "n_support = 5000: expected 500 images of class 0"),
+        ({"support__n_target": 1300}, "n_target = 1300: expected at most 1237 images"),
+        ({"dataset__n_validation": 2000}, "n_validation = 2000"),
+        ({"networks__n_original": 3000}, "n_original = 3000"),
+        ({"dataset__n_test": 800}, "n_test = 800"),
+        ({"dataset__name": "nowhere"}, "expected a data set in"),
+        ({"dataset__folder": "nowhere"}, "expected dataset.folder to be a folder"),
+        ({"networks__sets": ["no.npz"], **NETS}, "or a path, got 'no.npz', which is not there"),
+        ({"networks__sets": ["."], **NETS}, "published robust features in ., got a folder without"),
+        ({"threat__norm": "l2", "threat__epsilon": 9.0}, "expected an l2 radius of at most 8.0"),
+        ({"evaluation__attacks": ["pgd2-l2"], "threat_l2__epsilon": 9.0}, "l2 radius of at most 8"),
+        ({"dataset__name": "three", "dataset__folder": ".", "support__n_support": 6,
+          "support__n_target": 6, "dataset__n_validation": 6, "networks__n_original": 6, **NETS},
+         "evaluation.attacks for 3 classes, got ..autoattack"),
+        ({"networks__sets": ["three.npz"], **NETS},
+         r"three.npz: expected images \(8, 8, 1\) of 10 classes"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit_are_refused_before_anything_runs(project, capfd, settings, message):
@@ -429,7 +431,30 @@ def test_data_that_do_not_fit_are_refused_before_anything_runs(project, capfd, s
     np.savez(project / "three.npz", **parts, **labels)
     good = project / "notebooks" / "good.ipynb"
     (project / "notebooks" / "02_transfer.ipynb").write_bytes(good.read_bytes())
-    assert run.main([params(project, **settings), "--check"]) == 2
+    assert run.main([params(project, **nested(**settings)), "--check"]) == 2
     error = capfd.readouterr().err
     assert "x.yaml: " in error
     assert re.search(message, error)
+
+
+def test_papermill_alone_takes_a_params_file_and_a_section(tmp_path):
+    """As `papermill notebooks/01_kernels.ipynb out.ipynb -f params/x.yaml -y 'threat: ...'`."""
+    (tmp_path / "x.yaml").write_text(
+        "name: by-papermill\nsupport: {n_support: 20, n_target: 20}\nkip: null\n"
+        "adv_kip: {n_steps: 2, eval_every: 1, pgd_steps: 2}\ndataset: {n_test: 40}\n"
+    )
+    section = "threat: {epsilon: 8/255, step_size: 2/255}"
+    source = Path(run.__file__).parents[1] / "notebooks" / "01_kernels.ipynb"
+    found = subprocess.run(
+        [sys.executable, "-m", "papermill", source, "out.ipynb", "-f", "x.yaml", "-y", section],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(source.parents[1])},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    record = json.loads((tmp_path / "reports" / "by-papermill" / "results.json").read_text())
+    assert record["experiment"]["threat"] == {
+        "epsilon": 8 / 255, "step_size": 2 / 255, "norm": "linf",
+    }  # fmt: skip
+    assert record["experiment"]["kip"] is None
+    assert {row["trained_on"] for row in record["rows"]} == {"original", "adv-kip"}
+    assert record["rows"][0]["n_test"] == 40

@@ -129,7 +129,7 @@ def test_the_best_weights_are_kept(digits):
     assert (result.epoch, result.score) == (best["epoch"], best["pgd"])
     x = nets.to_tensor(digits["watched"].x_validation)
     y = torch.as_tensor(digits["watched"].y_validation)
-    found = training.look(result.net, x, y, RECIPE)
+    found = training.robust_accuracies(result.net, x, y, RECIPE)
     assert (found["clean"], found["pgd"]) == (best["clean"], best["pgd"])
     assert not result.net.training
 
@@ -138,11 +138,11 @@ def test_weights_that_have_learned_nothing_are_not_kept(digits, monkeypatch):
     """Planted: a constant prediction that no attack changes, before a real, undefended network."""
     lines = iter([(0.2, 0.2), (0.85, 0.05), (0.9, 0.1), (0.7, 0.3), (0.95, 0.0)])
 
-    def look(*arguments):
+    def accuracies(*arguments):
         clean, pgd = next(lines)
         return {"clean": clean, "fgsm": pgd, "pgd": pgd}
 
-    monkeypatch.setattr(training, "look", look)
+    monkeypatch.setattr(training, "robust_accuracies", accuracies)
     watched = training.Watched(digits["x"][:5], digits["y"][:5].argmax(1))
     result = run(digits, epochs=5, eval_every=1, watched=watched)
     assert (result.epoch, result.score, result.clean) == (3, 0.1, 0.9)
@@ -191,7 +191,7 @@ def test_a_finished_training_is_not_repeated_and_another_one_is(digits, tmp_path
     )  # fmt: skip
     for change in others:
         run(digits, checkpoint_dir=tmp_path, epochs=2, **change)
-    assert len(list(tmp_path.glob("checkpoint-net-*.pt"))) == 1 + len(others)
+    assert len(list(tmp_path.glob("network-*.npz"))) == 1 + len(others)
 
     def trained_again(self):
         raise AssertionError("expected no further epoch")
@@ -206,32 +206,10 @@ def test_a_finished_training_is_not_repeated_and_another_one_is(digits, tmp_path
 
 def test_a_damaged_checkpoint_is_refused(digits, tmp_path):
     run(digits, checkpoint_dir=tmp_path, epochs=2)
-    (path,) = tmp_path.glob("*.pt")
+    (path,) = tmp_path.glob("*.npz")
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="expected a checkpoint in .* delete the file"):
         run(digits, checkpoint_dir=tmp_path)
-
-
-def test_search_chooses_on_validation_and_repeats_for_seeds(digits):
-    found = training.search(
-        "fc1-64", digits["x"], digits["y"], recipe=dataclasses.replace(RECIPE, epochs=4),
-        learning_rates=[1e-6, 3e-3, 1e20], watched=digits["watched"], seeds=[4, 5],
-        progress=False,
-    )  # fmt: skip
-    assert found.learning_rate == 3e-3  # 1e-6 has learned nothing
-    assert list(found.runs) == [1e-6, 3e-3, 1e20]
-    assert found.runs[1e20].stopped == "diverged"
-    assert found.runs[3e-3] is found.best[0]
-    assert len(found.best) == 2
-    assert not torch.equal(weights(found.best[0]), weights(found.best[1]))
-
-
-def test_search_without_a_rate_that_works(digits):
-    with pytest.raises(FloatingPointError, match="with a finite loss, got none"):
-        training.search(
-            "fc1-64", digits["x"], digits["y"], recipe=RECIPE, learning_rates=[1e20],
-            watched=digits["watched"], seeds=[0], progress=False,
-        )  # fmt: skip
 
 
 def test_milestones_divide_the_learning_rate(digits):

@@ -4,6 +4,7 @@ one, a gradient for one that has none; random points of a ball; and what it all 
 import copy
 import logging
 import random
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,7 +25,7 @@ class Around(torch.nn.Module):
 class WithoutGradient(Around):
     """A network that autograd cannot see through, with a gradient of 0."""
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         with torch.no_grad():
             logits = self.net(x.detach())
         return logits + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -38,7 +39,7 @@ class Mean(Around):
         super().__init__(net)
         self.draws = draws
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         return sum(self.net(x) for _ in range(self.draws)) / self.draws
 
 
@@ -46,13 +47,13 @@ class Rescaled(Around):
     """Logits of standard deviation 1 for each image: of ten classes no softmax is saturated then.
     Logits that are all equal stay as they are."""
 
-    def forward(self, x):
+    def forward(self, x) -> torch.Tensor:
         logits = self.net(x)
         spread = logits.detach().std(1, keepdim=True)
         return logits / spread.where(spread > 0, 1)
 
 
-def in_float64(net, x):
+def in_float64(net, x) -> torch.nn.Module | None:
     """A copy of the network in float64, or None if it cannot be copied or does not run there.
 
     A kernel machine inside it follows (`bridge.KernelNet`). Whatever a network of someone's own
@@ -73,7 +74,7 @@ GREY = (1, 2, 4)
 """Steps, in 255ths, that pixels of 8 bits can take."""
 
 
-def false_gradient(net, x, y):
+def false_gradient(net, x, y) -> torch.Tensor:
     """For which images the margin of the logits does not grow along its gradient as that says.
 
     A small step of length h along g must change it by about h |g|_2; it does not if a layer passes
@@ -113,7 +114,7 @@ def false_gradient(net, x, y):
     return seen & false & torch.stack([(c - s).abs() > 0.5 * s for s, c in grey]).any(0)
 
 
-def noise(x, threat, generator, *, far):
+def noise(x, threat, generator, *, far) -> torch.Tensor:
     """Random points of the ball around x: uniform in it, or as far out as it reaches."""
     if not far:
         return torch_attacks.random_start(x, threat, generator)
@@ -127,7 +128,7 @@ def noise(x, threat, generator, *, far):
 
 
 @contextmanager
-def seeded(seed):
+def seeded(seed) -> Iterator[None]:
     """All that is drawn inside derives from the seed; the generators go on outside as before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -142,7 +143,7 @@ def seeded(seed):
 
 
 @contextmanager
-def silent(name):
+def silent(name) -> Iterator[None]:
     """Without AutoAttack's remarks on zero gradients and random models, which are checks here."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True

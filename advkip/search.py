@@ -1,0 +1,103 @@
+"""Networks of an experiment by name: which learning rate, how many seeds; none trained twice."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from advkip import data, nets, training
+from advkip.config import Experiment
+from advkip.recipe import Recipe
+from advkip.settings import AdversarialTraining, Networks
+
+
+class Search(NamedTuple):
+    """Networks of one kind on one training set."""
+
+    best: list  # a `Trained` of the chosen learning rate for each seed
+    learning_rate: float
+    runs: dict  # {learning rate: Trained} of the first seed
+
+
+def search(
+    name: str, x, y, *, recipe: Recipe, learning_rates, watched: training.Watched, seeds,
+    checkpoint_dir=None, label: str = "", progress: bool = True,
+) -> Search:  # fmt: skip
+    """Trains a network with each learning rate, chooses on validation images, repeats for seeds.
+
+    Args:
+      name: of `nets.build`.
+      x, y, watched, checkpoint_dir, label, progress: as for `train`; y label vectors (N, classes).
+      recipe: a `Recipe`, whose learning rate is replaced.
+      learning_rates: the grid.
+      seeds: integers; the grid is run with the first, the others with the chosen rate.
+
+    Returns:
+      A `Search`. A rate is chosen as `train` chooses an epoch; one whose training diverged is kept
+      as a `Trained` without a network.
+
+    Raises:
+      FloatingPointError: training diverged with every rate.
+    """
+
+    def run(rate, seed):
+        net = nets.build(name, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
+        return training.train(
+            net, x, y, recipe=dataclasses.replace(recipe, learning_rate=rate), watched=watched,
+            seed=seed, checkpoint_dir=checkpoint_dir, label=label or name, progress=progress,
+        )  # fmt: skip
+
+    def try_rate(rate):
+        try:
+            return run(rate, seeds[0])
+        except FloatingPointError:
+            return training.Trained(None, 0, 0.0, 0.0, [], "diverged")
+
+    runs = {rate: try_rate(rate) for rate in learning_rates}
+    good = {rate: one for rate, one in runs.items() if one.stopped != "diverged"}
+    if not good:
+        raise FloatingPointError(
+            f"expected a learning rate in {list(learning_rates)} with a finite loss, got none; "
+            "pass smaller ones"
+        )
+    enough = max(one.clean for one in good.values()) - training.CLEAN_MARGIN
+    best = max(
+        (rate for rate in good if good[rate].clean >= enough),
+        key=lambda rate: (good[rate].score, good[rate].clean),
+    )
+    return Search([runs[best], *(run(best, seed) for seed in seeds[1:])], best, runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Trains the networks of an experiment, each in a file that names network and set.
+
+    A network that was trained before, by another notebook of the experiment, is read from there.
+    """
+
+    experiment: Experiment
+    watched: training.Watched
+    folder: str | Path | None = None
+
+    def __call__(
+        self, net: str, name: str, chosen: data.TrainingSet, *, adversarially: bool = False,
+        learning_rates=None, progress: bool = True,
+    ) -> Search:  # fmt: skip
+        """A `Search` of a network (of `nets.build`) on a set of a name.
+
+        `learning_rates` None means those of the experiment's section: adversarial_training,
+        fully_connected or cnns.
+        """
+        e = self.experiment
+        section: Networks | AdversarialTraining | None
+        section = e.fully_connected if net.startswith("fc") else e.cnns
+        section = e.adversarial_training if adversarially else section
+        if section is None:
+            raise ValueError(
+                "expected settings of adversarial_training, got null; pass them to train so"
+            )
+        how = "adversarial" if adversarially else "plain"
+        return search(
+            net, chosen.x, chosen.y, recipe=Recipe.of(section, e), watched=self.watched,
+            learning_rates=learning_rates or section.learning_rates, seeds=e.net_seeds(),
+            checkpoint_dir=self.folder, label=f"network-{net}-{name}-{how}", progress=progress,
+        )  # fmt: skip

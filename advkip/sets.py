@@ -1,0 +1,148 @@
+"""Every training set by its name, with the kernel that it was made for.
+
+original          a draw of training images
+adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
+robust-features   made with an adversarially trained network (`invert`)
+a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
+                  the published robust features (`features.load`)
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from advkip import data, distill, features, files, kernels, krr
+from advkip.config import Experiment
+from advkip.data import TrainingSet
+from advkip.settings import SETS, Kernel, Method
+
+ROBUST_FEATURES = "robust-features"
+
+
+def is_path(name: str) -> bool:
+    """Whether a set's name is that of a file or folder."""
+    return name not in SETS
+
+
+def load(
+    names: Iterable[str], experiment: Experiment, splits: data.Splits, dataset: data.Dataset, folder
+) -> dict[str, TrainingSet]:
+    """Training sets by name, but for robust features to be made (`invert`).
+
+    Args:
+      names: see the module's text.
+      experiment, splits: as for `distill.distill`.
+      dataset: the `data.Dataset` behind the splits.
+      folder: of checkpoints; a set that is distilled is also left there, as <method>.npz.
+
+    Returns:
+      {name: `TrainingSet`}; a path becomes what is in it: 'adv-kip', 'kip', 'robust-features' or
+      the file's own name.
+
+    Raises:
+      ValueError: a file that is not such a set, whose images or classes do not fit the splits, or
+        whose name another set has; FileNotFoundError.
+    """
+    found = {}
+    for name in (one for one in names if one != ROBUST_FEATURES):
+        if is_path(name):
+            name, chosen = from_path(name, n_classes=splits.n_classes, **_center(experiment))
+            data.check_fits(name, *chosen[:2], splits.x_test.shape[1:], splits.n_classes)
+        elif name == "original":
+            chosen = data.draw_original(experiment, splits)
+        else:
+            method: Method = "kip" if name == "kip" else "adv-kip"
+            result = distill.distill(experiment, splits, method=method, checkpoint_dir=folder)
+            distill.save(Path(folder) / f"{name}.npz", result, experiment, dataset)
+            x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
+            chosen = TrainingSet(x, y, experiment.kernel)
+        if name in found:
+            raise ValueError(f"expected sets of different names, got {name!r} twice; pass one")
+        found[name] = chosen
+    return found
+
+
+def invert(net, chosen: TrainingSet, experiment: Experiment, folder) -> features.Inverted:
+    """The robust features of a training set, made with an adversarially trained network.
+
+    They are also left in the folder, as robust-features.npz in `data`'s layout.
+    """
+    settings = experiment.robust_features
+    made = features.generate(
+        net, chosen.x, chosen.y,
+        n=min(settings.n_images or experiment.support.n_support, len(chosen.x)),
+        steps=settings.n_steps, step_size=settings.step_size, noise=settings.noise,
+        seed=experiment.seed, checkpoint_dir=folder,
+    )  # fmt: skip
+    with files.replacing(Path(folder) / f"{ROBUST_FEATURES}.npz") as file:
+        x_test, y_test = made.x_original[:1], made.y[:1]  # for form
+        np.savez(file, x_train=made.x, y_train=made.y, x_test=x_test, y_test=y_test)
+    return made
+
+
+def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, TrainingSet]:
+    """(name, `TrainingSet`) of an .npz, or of a folder with the published robust features.
+
+    The name is 'adv-kip' or 'kip' for a file of `distill.save`, whose label vectors are kept as
+    they are; else the file's own, and integer labels become one-hot.
+
+    Args:
+      path: the file or folder.
+      n_classes: of integer labels; 0 means the largest label plus one.
+      center: see `data.one_hot`.
+
+    Raises:
+      ValueError: as `data.from_npz` or `features.load`.
+    """
+    path = files.find(path)
+    if path.is_dir():
+        x, y = features.load(path, n_classes=n_classes or 10, center=center)
+        return ROBUST_FEATURES, TrainingSet(x, y)
+    arrays, settings = data.read(path)
+    dataset = data.dataset_of(path, arrays, settings)
+    labels = arrays["y_train"]
+    if not (labels.ndim == 2 and labels.shape[1] > 1):
+        classes = max(n_classes, dataset.n_classes)
+        labels = data.one_hot(dataset.y_train, classes, center=center)
+    method, kernel = _made_with(settings)
+    parts = data.to_float(dataset.x_train), labels.astype("float32")
+    return method or path.stem, TrainingSet(*parts, kernel)
+
+
+def _made_with(settings):
+    """(method, kernel) of a file of `distill.save`, also of the flat settings before sections."""
+    try:
+        found = json.loads(settings)
+        if isinstance(found["kernel"], str):
+            method = "adv-kip" if found["pgd_steps"] else "kip"
+            found["kernel"] = {"name": found["kernel"]} | {
+                key: found[key] for key in ("W_std", "b_std", "diag_reg", "dtype")
+            }
+        else:
+            method = found["method"]
+        return method, Kernel.from_params(found["kernel"])
+    except (ValueError, KeyError, TypeError):  # not written by `distill.save`
+        return None, None
+
+
+def machine(chosen: TrainingSet, experiment: Experiment) -> krr.KernelMachine:
+    """The kernel machine of a training set, Eq. 4, of the experiment's dtype.
+
+    A set that a kernel made is fitted as it was made, with its own kernel, W_std, b_std and ridge;
+    any other with the experiment's, on its first n_support images.
+
+    Raises:
+      ValueError, FloatingPointError: as `krr.fit`.
+    """
+    made, own = chosen.kernel or experiment.kernel, experiment.kernel
+    n = None if chosen.kernel else experiment.support.n_support
+    support = (part[:n].astype(own.dtype) for part in (chosen.x, chosen.y))
+    return krr.fit(
+        kernels.of(made), *support, diag_reg=made.diag_reg, block_size=own.block_size
+    ).machine
+
+
+def _center(experiment):
+    return {"center": experiment.support.center_labels}
