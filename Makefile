@@ -7,14 +7,14 @@ PARAMS ?= params/digits.yaml
 # PyTorch's threads sleep while they wait, instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install conda demo test lab run bench bench-paper readme schema notebooks clean
+.PHONY: help install conda demo test lab run bench bench-paper report schema notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/installed  ## makes .venv with the pinned stack
 
-REQUIREMENTS := requirements.txt requirements-lab.txt requirements-test.txt
+REQUIREMENTS := requirements.txt requirements-lab.txt requirements-test.txt requirements-cluster.txt
 
 $(VENV)/installed: $(REQUIREMENTS) requirements-nodeps.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,6 +31,7 @@ conda:  ## completes an activated conda environment
 
 demo: install  ## the main job on the embedded digits: notebooks, figures, results table
 	$(BIN)/python -m advkip.run --force params/digits.yaml
+	$(BIN)/python -m advkip.report --runs digits --output reports/digits/index.html
 
 run: install  ## make run PARAMS=params/x.yaml
 	$(BIN)/python -m advkip.run $(PARAMS)
@@ -53,8 +54,11 @@ bench: install  ## the engine against neural_tangents references; threads that s
 bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, nine minutes
 	$(BIN)/python -m tests.bench paper_scale
 
-readme: install  ## the tables of README.md and reports/README.md from the records
-	$(BIN)/python -m advkip.tables README.md reports/README.md $$(git ls-files "reports/*/results.json")
+RECORDS = $$(git ls-files "reports/*/results.json")
+
+report: install  ## reports/index.html, reports/README.md and the README's table from the records
+	$(BIN)/python -m advkip.tables README.md reports/README.md $(RECORDS)
+	$(BIN)/python -m advkip.report --runs $$(dirname $(RECORDS) | xargs -n 1 basename)
 
 schema: install  ## params/schema.json from the settings, for editors
 	$(BIN)/python -m advkip.config > params/schema.json

@@ -115,33 +115,26 @@ class Experiment(Section):
         return cls.from_params(given | {"notebooks": [notebook]})
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Experiment":
+    def from_file(
+        cls, path: str | Path, overrides: Iterable[str] = (), given: Mapping[str, Any] | None = None
+    ) -> "Experiment":
         """An experiment from a YAML file and `path.of.key=value` strings that replace its values.
 
-        Without a `name` in it, the experiment has the file's.
+        Without a `name` in it, the experiment has the file's; `given` are further values by path.
+        Of a file with a `grid` (see `grid`) it is what the grid changes.
 
         Raises:
           ValueError: as `from_params`, naming the file (and what overrides it); OSError: no file.
         """
-        source = " ".join([str(path), *(f"--set {item}" for item in overrides)])
+        params = read_params(path, overrides)
+        params.pop("grid", None)
         try:
-            params = yaml.load(Path(path).read_text(), Loader) or {}
-            if not isinstance(params, dict):
-                raise ValueError(
-                    f"expected 'key: value' lines, got {type(params).__name__}; pass a YAML mapping"
-                )
-            params.setdefault("name", Path(path).stem)
-            for item in overrides:
-                key, equals, value = item.partition("=")
-                if not equals:
-                    raise ValueError(f"expected key=value, got {item!r}; pass --set seed=1")
-                change = yaml.load(value, Loader)
-                for part in reversed(key.strip().split(".")):
-                    change = {part: change}
-                params = merged(params, change)
+            for key, value in (given or {}).items():
+                params = merged(params, _at(key, value))
             return cls.from_params(params)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{source}: " + str(error).replace("\n", "\n  ")) from None
+        except ValueError as error:
+            text = str(error).replace("\n", "\n  ")
+            raise ValueError(f"{_source(path, overrides)}: {text}") from None
 
     def changes(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as plain JSON values."""
@@ -203,9 +196,49 @@ def sections(*notebooks: str) -> list[str]:
     return [section for section in every if section in asked]
 
 
+def read_params(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping in a params file with `path.of.key=value` strings merged into it, unchecked.
+
+    Raises:
+      ValueError: no YAML mapping, or an override that is none; OSError: no file.
+    """
+    try:
+        params = yaml.load(Path(path).read_text(), Loader) or {}
+        if not isinstance(params, dict):
+            raise ValueError(
+                f"expected 'key: value' lines, got {type(params).__name__}; pass a YAML mapping"
+            )
+        params.setdefault("name", Path(path).stem)
+        for item in overrides:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"expected key=value, got {item!r}; pass --set seed=1")
+            params = merged(params, _at(key.strip(), yaml.load(value, Loader)))
+        return params
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{_source(path, overrides)}: {error}") from None
+
+
+def _at(path, value):
+    """{"a": {"b": value}} of "a.b"."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def _source(path, overrides):
+    return " ".join([str(path), *(f"--set {item}" for item in overrides)])
+
+
 def schema() -> str:
     """The JSON schema of a params file, for editors: `python -m advkip.config`."""
-    return json.dumps(Experiment.model_json_schema(), indent=1) + "\n"
+    found = Experiment.model_json_schema()
+    found["properties"]["grid"] = {
+        "type": "object",
+        "description": "settings by path, each with its values: one experiment for each point",
+        "additionalProperties": {"type": "array", "minItems": 1},
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import yaml
 
@@ -36,18 +38,27 @@ PAPER = _paper()
 {attack: accuracy in % or (mean, std)}; see paper.yaml."""
 
 
-def accuracy(found, *, tables=None, models=None) -> str:
-    """Markdown: our rows of each data set, and below them the paper's for the same data set.
+class Line(NamedTuple):
+    """A line of a table: who measured which model of which data."""
 
-    Ours are in groups: kernels, networks by name, adversarial training. Records that differ in
-    nothing but the seed are one line, mean +- standard deviation.
+    data_set: str
+    source: str  # "ours", or "paper, Table 1"
+    model: str
+    images: int  # it was made from; 0 where that is not known
+    trained_on: str
+    n_test: int
+    cells: dict  # {attack: accuracy in %, (mean, std) or {seed: ...}}; "verdict": {seed: verdict}
+
+
+def lines(found: list[dict]) -> list[Line]:
+    """Our lines: kernels, networks by name, adversarial training.
+
+    Records that differ in nothing but the seed are one line.
 
     Args:
-      found: a list of records (see `records.read`).
-      tables: which of the paper's tables to show, as ("1", "2"); None means all.
-      models: a regular expression of the models to show, as "kernel:.*"; None means all.
+      found: records (see `records.read`).
     """
-    lines = defaultdict(lambda: defaultdict(dict))
+    cells = defaultdict(lambda: defaultdict(dict))
     for record in found:
         e, seen = record["experiment"], defaultdict(list)
         # The settings keep apart what only looks alike; they are not shown.
@@ -61,9 +72,8 @@ def accuracy(found, *, tables=None, models=None) -> str:
             if row.get("set") not in known:
                 known.append(row.get("set"))
             apart = f"{settings} {known.index(row.get('set'))}"
-            return lines[
-                e["dataset"]["name"], "ours", row["model"], n, trained_on, row["n_test"], apart
-            ]
+            data_set = e["dataset"]["name"]
+            return cells[data_set, "ours", row["model"], n, trained_on, row["n_test"], apart]
 
         for row in record["rows"]:
             line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
@@ -71,15 +81,33 @@ def accuracy(found, *, tables=None, models=None) -> str:
         for diagnosis in record.get("diagnoses", ()):
             if line := line_of(diagnosis):
                 line["verdict"][diagnosis["seed"]] = records.verdict_of(diagnosis)
-    data_sets = list(dict.fromkeys(key[0] for key in lines))
-    lines = {key: cells for key, cells in lines.items() if cells}
-    lines = {key: lines[key] for key in sorted(lines, key=lambda key: _group(key[2], key[4]))}
-    for number, data_set, model, n, trained_on, accuracies in PAPER:
-        if data_set in data_sets and (tables is None or number in tables):
-            source = f"paper, Table {number}"
-            lines[data_set, source, model, n, trained_on, 0, ""] = accuracies
-    shown = {k: v for k, v in lines.items() if models is None or re.fullmatch(models, k[2])}
-    return "\n\n".join(_one_table(data_set, shown) for data_set in data_sets)
+    made = [Line._make((*key[:6], dict(one))) for key, one in cells.items() if one]
+    return sorted(made, key=lambda line: _group(line.model, line.trained_on))
+
+
+def published(tables: Iterable[str] | None = None) -> list[Line]:
+    """The paper's lines, of some of its tables or of all."""
+    return [
+        Line(data_set, f"paper, Table {number}", model, n, trained_on, 0, accuracies)
+        for number, data_set, model, n, trained_on, accuracies in PAPER
+        if tables is None or number in tables
+    ]
+
+
+def accuracy(found, *, tables=None, models=None) -> str:
+    """Markdown: our rows of each data set (`lines`), and below them the paper's for the same.
+
+    Args:
+      found: a list of records (see `records.read`).
+      tables: which of the paper's tables to show, as ("1", "2"); None means all.
+      models: a regular expression of the models to show, as "kernel:.*"; None means all.
+    """
+    data_sets = dict.fromkeys(record["experiment"]["dataset"]["name"] for record in found)
+    every = [*lines(found), *published(tables)]
+    shown = [line for line in every if models is None or re.fullmatch(models, line.model)]
+    return "\n\n".join(
+        _one_table(name, [line for line in shown if line.data_set == name]) for name in data_sets
+    )
 
 
 def _that_matter(experiment):
@@ -148,18 +176,22 @@ def _trained_on(row):
     return name + ", adversarial training" * (row["training"] == "adversarial")
 
 
-def _one_table(data_set, lines):
-    lines = {key[1:]: cells for key, cells in lines.items() if key[0] == data_set}
-    attacks = sorted({attack for cells in lines.values() for attack in cells}, key=_rank)
+def attacks_of(shown: list[Line]) -> list[str]:
+    """The columns of a table: weak attacks first, l2 after l_inf, the verdict last."""
+    return sorted({attack for line in shown for attack in line.cells}, key=_rank)
+
+
+def _one_table(data_set, shown):
+    attacks = attacks_of(shown)
     head = [data_set, "model", "images", "trained on", "tested on", *attacks]
 
     def number(n):
         return f"{n:,}" if n else ""
 
     body = [
-        [source, model, number(n), trained_on, number(n_test)]
-        + [_cell(cells.get(a)) for a in attacks]
-        for (source, model, n, trained_on, n_test, _), cells in lines.items()
+        [line.source, line.model, number(line.images), line.trained_on, number(line.n_test)]
+        + [cell(line.cells.get(attack)) for attack in attacks]
+        for line in shown
     ]
     rule = ["---", "---", "---:", "---", "---:"] + ["---:"] * len(attacks)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
@@ -174,7 +206,7 @@ def _rank(attack):
     return False, one.l2, kind, one.n_steps, attack
 
 
-def _cell(value):
+def cell(value, digits: int = 2) -> str:
     """A percentage; (mean, std), or {seed: value} of several seeds, becomes mean +- std.
 
     Of {seed: verdict}, the verdicts that occur.
@@ -187,15 +219,16 @@ def _cell(value):
             return ", ".join(dict.fromkeys(values))
         value = (mean(values), stdev(values)) if len(values) > 1 else values[0]
     if isinstance(value, tuple):
-        return f"{value[0]:.2f} ± {value[1]:.2f}"
-    return f"{value:.2f}"
+        return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+    return f"{value:.{digits}f}"
 
 
 SUMMARY = (
-    ("kernel:fc3", "kernel"), ("fc3-1024", "plain"), ("simple-cnn", "plain"),
-    ("simple-cnn", "adversarial"),
+    ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("fc3-1024", "original"),
+    ("fc3-1024", "adv-kip fc3"), ("simple-cnn", "original"), ("simple-cnn", "adv-kip fc3"),
+    ("simple-cnn", ADVERSARIAL), ("simple-cnn", "adv-kip fc3, adversarial training"),
 )  # fmt: skip
-"""(model, training) of the lines of `summary`, on original images and on distilled ones."""
+"""(model, what it was trained on) of the lines of `summary`."""
 
 DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
 
@@ -206,42 +239,23 @@ def summary(found) -> str:
     Args:
       found: a list of records (see `records.read`).
     """
-    cells = {}
-    for record in found:
-        for row in record["rows"]:
-            if row["attack"] in ("clean", "autoattack"):
-                line = (
-                    row["model"],
-                    row["training"],
-                    row["trained_on"],
-                    record["experiment"]["dataset"]["name"],
-                )
-                images = row.get("n_train", record["experiment"]["support"]["n_support"])
-                same = images, row["n_test"], row["notebook"]
-                cells.setdefault(line, {}).setdefault(same, {})[row["attack"]] = row["accuracy"]
-    published = {
-        (data_set, model, "adversarial" if trained_on == ADVERSARIAL else "plain"): accuracies
-        for _, data_set, model, _, trained_on, accuracies in PAPER
-        if "autoattack" in accuracies
-    }
-    head = ["model, training", "data"]
+    ours, theirs = (
+        {(line.model, line.trained_on, line.data_set): line
+         for line in reversed(some) if "autoattack" in line.cells}
+        for some in (lines(found), published())
+    )  # fmt: skip
+    head = ["model", "trained on"]
     for name in DATA_SETS.values():
         head += [f"{name}: images", "clean", "AutoAttack", "paper"]
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
-    for model, training in SUMMARY:
-        for trained_on in ("original", "adv-kip"):
-            line = [f"{model.removeprefix('kernel:')}, {training}", trained_on]
-            for data_set in DATA_SETS:
-                of_sizes = cells.get((model, training, trained_on, data_set), {})
-                whole = [(n, one) for (n, *_), one in of_sizes.items() if "autoattack" in one]
-                n, one = whole[0] if whole else (0, {})
-                same = trained_on == ("original" if training == "adversarial" else "adv-kip")
-                theirs = published.get((data_set, model, training), {}) if same else {}
-                line += [f"{n:,}" if n else "", *(
-                    f"{100 * one[key]:.1f}" if key in one else "" for key in ("clean", "autoattack")
-                ), _cell(theirs.get("autoattack"))]  # fmt: skip
-            lines.append(line)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    for key in SUMMARY:
+        text.append(list(key))
+        for data_set in DATA_SETS:
+            own, other = ours.get((*key, data_set)), theirs.get((*key, data_set))
+            text[-1] += [f"{own.images:,}" if own else ""]
+            text[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
+            text[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
+    return "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
 def updated(text, mark, table) -> str:

@@ -174,11 +174,12 @@ protocol = evaluate.Protocol.of(experiment).with_attacks("fgsm", f"pgd{steps}")
 # %%
 outcomes = {}
 for trained_on, images_and_labels in supports.items():
-    machine = sets.machine(data.TrainingSet(*images_and_labels, experiment.kernel), experiment)
+    made = data.TrainingSet(*images_and_labels, experiment.kernel)
+    machine = sets.machine(made, experiment)
     outcomes[trained_on] = protocol(machine, splits.x_test, splits.y_test, keep=24)
     recorder.add(
         outcomes[trained_on], model=f"kernel:{experiment.kernel.name}", trained_on=trained_on,
-        training="kernel", **costs.get(trained_on, {}),
+        training="kernel", **records.of_set(made), **costs.get(trained_on, {}),
     )  # fmt: skip
 recorder.write()
 

@@ -21,6 +21,7 @@ from advkip import (
     distill,
     evaluate,
     features,
+    grid,
     search,
     sets,
     tables,
@@ -39,6 +40,7 @@ IMPORTS = {
     "checked": set(),
     "settings": {"checked"},
     "config": {"checked", "settings"},
+    "grid": {"config"},
     "files": set(),
     "store": {"files"},
     "progress": set(),
@@ -104,8 +106,21 @@ IMPORTS = {
     "preflight": {"config", "data", "files", "inputs", "settings"},
     "records": {"config", "files", "preflight"},
     "tables": {"config", "records", "settings"},
+    "report": {"grid", "records", "tables"},
     "signals": set(),
-    "run": {"config", "files", "preflight", "progress", "records", "signals", "tables"},
+    "execute": {"config", "preflight", "progress", "records"},
+    "sweep": {"config", "execute", "files", "progress"},
+    "run": {
+        "config",
+        "execute",
+        "files",
+        "grid",
+        "preflight",
+        "records",
+        "signals",
+        "sweep",
+        "tables",
+    },
 }
 
 
@@ -156,6 +171,7 @@ def test_top_level():
         "notebooks", "advkip", "params", "reports", "tests", "environment.yml", "README.md",
         "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml",
         "requirements.txt", "requirements-lab.txt", "requirements-test.txt",
+        "requirements-cluster.txt",
         "requirements-nodeps.txt", "Makefile", ".ci", ".gitignore", ".pre-commit-config.yaml",
     }  # fmt: skip
 
@@ -175,7 +191,8 @@ def test_pins_are_installed_and_stand_in_one_place():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     assert conda == ["python=3.11", "pip", "make"]
-    files = ["requirements.txt", "requirements-lab.txt", "requirements-test.txt"]
+    extras = ("lab", "test", "cluster")
+    files = ["requirements.txt", *(f"requirements-{name}.txt" for name in extras)]
     assert pip == {"pip": [f"-r {name}" for name in files]}
     assert "==" not in (ROOT / "pyproject.toml").read_text()
     assert "==" not in (ROOT / "Makefile").read_text()
@@ -183,7 +200,7 @@ def test_pins_are_installed_and_stand_in_one_place():
 
 def test_every_direct_dependency_is_pinned():
     names = {"sklearn": "scikit-learn", "yaml": "PyYAML", "IPython": "ipykernel"}
-    names |= {"neural_tangents": "neural-tangents"}
+    names |= {"neural_tangents": "neural-tangents", "PIL": "pillow"}
     used = set()
     for folder in ("advkip", "notebooks", "tests"):
         for path in ROOT.glob(f"{folder}/*.py"):
@@ -291,7 +308,7 @@ SHAPES = {"digits": (8, 8), "mnist": (28, 28), "fashion_mnist": (28, 28), "cifar
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
 def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
     """Every setting of the file, the real image size, few images of noise, two steps."""
-    e = Experiment.from_file(path)
+    e = grid.experiments(path)[-1]
     shape = SHAPES.get(e.dataset.name, (8, 8))
     x = rng.integers(0, 256, (80, *shape)).astype("uint8")
     y = np.arange(80) % 10
@@ -312,12 +329,13 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
         moved = np.load(tmp_path / f"distillation-{method}.npz")["/0/0"] - result.x_initial
         assert 0 < np.abs(moved).max() < 0.1
         made = data.TrainingSet(result.x_support, result.y_support, e.kernel)
-        outcomes = protocol(sets.machine(made, e), splits.x_test, splits.y_test, progress=False)
+        model = sets.machine(made, e)
+        outcomes = protocol(model, splits.x_test, splits.y_test, progress=False)
         assert len(outcomes) == 3
-    if set(e.notebooks) & {"02_transfer", "03_cnns", "04_shortcomings"}:
-        net = check_networks(e, splits, tmp_path)
+    if e.fully_connected.nets + e.cnns.nets and set(e.notebooks) - {"00_walkthrough", "01_kernels"}:
+        model = check_networks(e, splits, tmp_path)
     if "04_shortcomings" in e.notebooks:
-        check_diagnosis(e, net, splits, tmp_path)
+        check_diagnosis(e, model, splits, tmp_path)
 
 
 def check_networks(e, splits, folder):
@@ -377,7 +395,7 @@ def check_diagnosis(e, net, splits, folder):
 def test_reports_hold_small_files_and_no_machine_paths():
     for name in tracked("reports"):
         path = ROOT / name
-        assert path.suffix in (".json", ".png", ".ipynb", ".md"), name
+        assert path.suffix in (".json", ".png", ".ipynb", ".md", ".html"), name
         assert path.stat().st_size < 2_000_000, name
         if path.suffix != ".png":
             assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), name

@@ -11,7 +11,7 @@ from advkip import data, distill, nets, run
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = re.findall(r"python -m advkip\.run (.+)$", README, re.M)
+COMMANDS = re.findall(r"python -m advkip\.run (params.+)$", README, re.M)
 
 
 @pytest.fixture
