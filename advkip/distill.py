@@ -93,7 +93,7 @@ def distill(
             "call kernels.set_precision('float64') at the start of the program"
         )
     initial = initial_support(experiment, splits)
-    run = _Run(experiment, splits, kernel, method)
+    run = Run(experiment, splits, kernel, method)
     path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
     n_steps = run.settings.n_steps
@@ -144,8 +144,8 @@ def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nda
     return splits.x_support, y
 
 
-class _Run:
-    """What stays the same from step to step of one run."""
+class Run:
+    """One run of Algorithm 1: `start`, then `advance` until `finished` says why it is over."""
 
     def __init__(self, experiment, splits, kernel, method):
         settings = experiment.distillation(method)

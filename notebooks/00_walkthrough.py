@@ -14,7 +14,12 @@
 # %% [markdown]
 # # Walkthrough: can data alone make a classifier robust?
 #
-# *Half a minute on a laptop. Nothing is downloaded.*
+# **0 walkthrough** → [1 kernels](01_kernels.ipynb) → [2 transfer](02_transfer.ipynb) → [3
+# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb)
+#
+# *You will know* a neural tangent kernel, an attack on it, and how training images are optimised
+# against it. *You need* what a derivative and a linear system are; Python. *It takes* half a
+# minute on a CPU. Words are explained in the glossary (`notebooks/glossary.md`).
 #
 # A classifier that reads digits perfectly well can be fooled by a change of its input that we
 # hardly see. The usual cure changes the *training*: adversarial training shows the net attacked
@@ -39,7 +44,7 @@ output: str = "../reports/scratch"  # where the figures go
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import attacks, checked, data, distill, evaluate, figures, kernels, krr
+from advkip import attacks, checked, data, distill, evaluate, figures, kernels, krr, panel
 from advkip.config import Experiment
 
 # %% [markdown]
@@ -183,6 +188,26 @@ for machine, curve in zip((original, robust), curves.values(), strict=True):
 figures.save(figures.accuracy_against_epsilon(epsilons, curves), output, "walkthrough_epsilon")
 
 # %% [markdown]
+# ## Try it
+#
+# Pick an image, a radius and an attack. Where does the answer change? Under the images: the logits
+# before (grey) and after (red), the loss along the attack, and the training images whose terms in
+# $K(x, X_S)\,\alpha$ speak loudest for the answer.
+
+# %%
+panel.AttackPanel(
+    {"distilled images": robust, "original images": original},
+    splits.x_test[:100], splits.y_test[:100], radius=radius,
+)  # fmt: skip
+
+# %% [markdown]
+# And Algorithm 1 while it runs: press *run*, watch images, labels (blue; grey as they were) and
+# accuracy, stop it, move the radius, go on.
+
+# %%
+panel.LivePanel(experiment, splits)
+
+# %% [markdown]
 # ## Is it real?
 #
 # A robust curve must fall to nothing when the attacker may do anything, as it does here: at a
@@ -193,6 +218,34 @@ figures.save(figures.accuracy_against_epsilon(epsilons, curves), output, "walkth
 # it was measured with.
 #
 # Next: `01_kernels` does this at full size, with every table and figure of the paper on kernels.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. How much of what was won is in the *labels*? Fit the kernel to the distilled images with the
+#    original labels, and to the original images with the distilled labels.
+# 2. At a radius of 0.5 no curve may be above chance, whatever the classifier. Why? Name one image
+#    that lies in the ball of every test image.
+#
+# (Solutions are in the folded cells below.)
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+for name, pair in {
+    "distilled images, original labels": (distilled.x_support, y_support),
+    "original images, distilled labels": (x_support, distilled.y_support),
+}.items():
+    half = krr.fit(ntk, *pair).machine
+    outcomes = evaluate.evaluate(half, splits.x_test, splits.y_test, progress=False, **settings)
+    print(f"{name}:", {o.attack: f"{o.accuracy:.1%}" for o in outcomes})
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+grey = np.full_like(splits.x_test[:1], 0.5)
+assert (attacks.distance(grey, splits.x_test, "linf") <= 0.5).all()
+print("the grey image is in every ball, and the classifier gives it one answer:", end=" ")
+print(int(robust(grey).argmax()))
+
+# %% [markdown]
+# ## Checks
 
 # %%
 assert np.isfinite(distilled.x_support).all() and np.isfinite(distilled.y_support).all()

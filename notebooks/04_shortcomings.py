@@ -14,13 +14,18 @@
 # %% [markdown]
 # # Is it real? Robust features, AutoAttack on kernels, and a verdict
 #
+# [0 walkthrough](00_walkthrough.ipynb) → [1 kernels](01_kernels.ipynb) → [2
+# transfer](02_transfer.ipynb) → [3 CNNs](03_cnns.ipynb) → **4 shortcomings**
+#
+# *You will know* how to tell a robust model from one that hides its gradients, and what to make
+# of a published figure. *You need* notebooks 0 to 3. *It takes* a minute and a half on the
+# defaults; an hour for MNIST on two cores. Words are explained in the glossary
+# (`notebooks/glossary.md`).
+#
 # *Section 6 and the appendices of "Can we achieve robustness from data alone?" (Tsilivis, Su, Kempe
 # 2022): Tables 8 and 10, appendix A.4, Figure 2. Then what the paper leaves open: AutoAttack on the
 # kernel machine itself, and for every model one diagnosis, with its evidence, of whether its
 # robustness is real.*
-#
-# With the defaults below: two minutes on a CPU. The real runs, `params/mnist-fc3-5k.yaml` and
-# `params/cifar10-fc3-5k.yaml`, say in their first lines how long they take. `params/paper/`: GPUs.
 #
 # The paper's figures to compare with (test accuracy, %; PGD and AutoAttack in the l_inf ball, or
 # in the l2 ball where it says so):
@@ -69,6 +74,7 @@ output: str = None  # where checkpoints, figures and results.json go; None: repo
 
 # %%
 import numpy as np
+import torch
 from IPython.display import Markdown, display
 
 from advkip import (
@@ -77,6 +83,7 @@ from advkip import (
     evaluate,
     figures,
     kernels,
+    panel,
     records,
     search,
     sets,
@@ -320,10 +327,53 @@ for trained in (one for found in searches.values() for one in found.best):
     assert all(np.isfinite(line["loss"]) for line in trained.history)
 
 # %% [markdown]
+# ## Try it
+#
+# The models of this notebook, one image at a time. (Terms of $K(x, X_S)\,\alpha$ are shown for
+# kernel machines.)
+
+# %%
+panel.AttackPanel(
+    {records.title(*key): model for key, model in models.items()}, x_test[:50], y_test[:50],
+    radius=experiment.threat.epsilon, norm=experiment.threat.norm, dataset=experiment.dataset.name,
+)  # fmt: skip
+
+# %% [markdown]
 # ## What was found here
 
 # %%
 display(Markdown("\n".join(f"- {line}" for line in verdict.findings(titled))))
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Mask a network yourself: multiply the logits of a network with plain training by 1,000. What
+#    does PGD leave now, and what does the verdict say? Which check fails first?
+# 2. A paper reports 20 % at "8/255" for images that were standardised with a standard deviation of
+#    0.2. Which radius in pixels was attacked?
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+class Loud(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return 1000 * self.net(x)
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+plain = next((found.best[0].net for key, found in searches.items() if key[2] == "plain"), None)
+if plain is not None:
+    found = diagnose.by_protocol(
+        protocol, Loud(plain).eval(), x_test[:n], y_test[:n], n_steps=10, parts=["square"]
+    )
+    print(f"PGD leaves {found.claimed:.0%}, everything {found.strong:.0%}: {found.verdict}")
+    print(*(check.name for check in found.checks if check.passed is False), sep=", ")
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+print(f"8/255 of a standard deviation of 0.2 is {8 / 255 * 0.2 * 255:.1f}/255 in pixels")
 
 # %% [markdown]
 # ## What it means

@@ -92,7 +92,7 @@ def test_equals_algorithm_1_word_for_word(digits, pgd_steps, outer_loss):
         e = changed(e, kip__label_learning_rate=0.01)
     splits = data.split(digits, e)
     x, y = reference(e, splits, 3, method)
-    runner = distill._Run(e, splits, kernels.of(e.kernel), method)
+    runner = distill.Run(e, splits, kernels.of(e.kernel), method)
     state = runner.start(distill.initial_support(e, splits))
     for _ in range(3):
         state = runner.advance(state)
@@ -141,14 +141,14 @@ def test_single_precision_mode(digits, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, interruption):
     """KeyboardInterrupt writes a checkpoint; SystemExit stands for a kill, which cannot."""
     whole = run(SMALL, digits)
-    target = distill._Run.target
+    target = distill.Run.target
 
     def cut_off(self, step):
         if step == 5:
             raise interruption
         return target(self, step)
 
-    monkeypatch.setattr(distill._Run, "target", cut_off)
+    monkeypatch.setattr(distill.Run, "target", cut_off)
     with pytest.raises(interruption):
         run(SMALL, digits, checkpoint_dir=tmp_path)
     monkeypatch.undo()
@@ -216,14 +216,14 @@ def test_unreadable_checkpoint(digits, tmp_path):
 
 def test_best_support_is_that_of_the_highest_robust_accuracy(digits, monkeypatch):
     """Also for KIP, which is judged by clean accuracy."""
-    validate = distill._Run.validate
+    validate = distill.Run.validate
     supports = {}
 
     def remember(self, state, machine, loss):
         supports[state.step] = np.asarray(state.support[0])
         return validate(self, state, machine, loss)
 
-    monkeypatch.setattr(distill._Run, "validate", remember)
+    monkeypatch.setattr(distill.Run, "validate", remember)
     change = {"n_steps": 30, "learning_rate": 0.05, "eval_every": 2}
     e = SMALL.replace(adv_kip=change, kip=change)
     for method, key in (("adv-kip", "pgd"), ("kip", "clean")):
@@ -239,7 +239,7 @@ def test_early_stopping(digits, monkeypatch):
     """Robust accuracy rises until step 4; with patience 6 the run ends at step 10."""
     predict, looks = attacks.predict, iter(range(100))
     scores = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3}
-    validate = distill._Run.validate
+    validate = distill.Run.validate
 
     def scripted(self, state, machine, loss):
         right = round(scores[next(looks)] * SMALL.dataset.n_validation)
@@ -250,7 +250,7 @@ def test_early_stopping(digits, monkeypatch):
         monkeypatch.setattr(attacks, "predict", predict)
         return state
 
-    monkeypatch.setattr(distill._Run, "validate", scripted)
+    monkeypatch.setattr(distill.Run, "validate", scripted)
     result = run(changed(SMALL, adv_kip__n_steps=40, adv_kip__patience=6), digits)
     assert (result.stopped, result.step) == ("patience", 4)
     assert [line["step"] for line in result.history] == [0, 2, 4, 6, 8, 10]
@@ -260,7 +260,7 @@ def test_early_stopping(digits, monkeypatch):
 def after(e, digits, n_steps=3):
     """The support after some steps, whichever is best."""
     splits = data.split(digits, e)
-    runner = distill._Run(e, splits, kernels.of(e.kernel), "adv-kip")
+    runner = distill.Run(e, splits, kernels.of(e.kernel), "adv-kip")
     state = runner.start(distill.initial_support(e, splits))
     start = state.support
     for _ in range(n_steps):
@@ -306,7 +306,7 @@ def test_own_learning_rate_of_the_labels(digits):
             kernel__dtype="float64",
         )
         splits = data.split(digits, e)
-        runner = distill._Run(e, splits, kernels.of(e.kernel), "adv-kip")
+        runner = distill.Run(e, splits, kernels.of(e.kernel), "adv-kip")
         start = runner.start(distill.initial_support(e, splits))
         end = runner.advance(start)
         moves[rate] = [np.asarray(b - a) for a, b in zip(start.support, end.support, strict=True)]
@@ -326,7 +326,7 @@ def test_logit_scale_scales_the_logits_of_both_losses(digits):
     splits = data.split(digits, e)
     runs = []
     for scale, factor in ((10.0, 1), (1.0, 10)):
-        runner = distill._Run(
+        runner = distill.Run(
             changed(e, adv_kip__logit_scale=scale), splits, kernels.of(e.kernel), "adv-kip"
         )
         x, y = distill.initial_support(e, splits)

@@ -45,7 +45,7 @@ def test_a_set_that_is_there_is_not_made_again(digits, splits, tmp_path, monkeyp
     def again(self, state):
         raise AssertionError("expected no new step")
 
-    monkeypatch.setattr(distill._Run, "advance", again)
+    monkeypatch.setattr(distill.Run, "advance", again)
     same = sets.load(["adv-kip"], SMALL, splits, digits, tmp_path)["adv-kip"]
     np.testing.assert_array_equal(first.x, same.x)
     name, from_file = next(

@@ -156,3 +156,14 @@ def test_without_dask_it_says_so(project, capfd, monkeypatch):
 def test_no_scheduler_there(project, capfd, monkeypatch):
     assert run.main(["x.yaml", "--scheduler", "tcp://127.0.0.1:9"]) == 2
     assert "expected a Dask scheduler at tcp://127.0.0.1:9" in capfd.readouterr().err
+
+
+def test_a_cluster_of_ones_own(project, capfd):
+    from distributed import LocalCluster
+
+    (project / "mended").touch()
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        address = cluster.scheduler_address
+        assert run.main(["x.yaml", "--scheduler", address, "--set", "grid.seed=[0, 3]"]) == 0
+    assert runs(project) == {"x-seed0": 1, "x-seed3": 1}
+    assert "finished x-seed3" in capfd.readouterr().out
