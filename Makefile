@@ -7,14 +7,15 @@ PARAMS ?= params/digits.yaml
 # PyTorch's threads sleep while they wait, instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install conda demo test lab run bench bench-paper report schema notebooks clean
+.PHONY: help install conda demo test lab run bench bench-paper report docs schema notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/installed  ## makes .venv with the pinned stack
 
-REQUIREMENTS := requirements.txt requirements-lab.txt requirements-test.txt requirements-cluster.txt
+REQUIREMENTS := requirements.txt requirements-lab.txt requirements-test.txt requirements-cluster.txt \
+  requirements-docs.txt
 
 $(VENV)/installed: $(REQUIREMENTS) requirements-nodeps.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -39,13 +40,14 @@ run: install  ## make run PARAMS=params/x.yaml
 lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--no-browser
 	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ARGS) notebooks/00_walkthrough.ipynb
 
-test: install  ## ruff, mypy, pytest with coverage, and the notebooks on their small defaults
+test: install  ## ruff, mypy, pytest with coverage, the notebooks on their small defaults, the documentation
 	rm -rf reports/scratch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term
 	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m advkip.docs
 
 bench: install  ## the engine against neural_tangents references; threads that sleep or spin
 	$(BIN)/python -m tests.bench
@@ -59,6 +61,9 @@ RECORDS = $$(git ls-files "reports/*/results.json")
 report: install  ## reports/index.html, reports/README.md and the README's table from the records
 	$(BIN)/python -m advkip.tables README.md reports/README.md $(RECORDS)
 	$(BIN)/python -m advkip.report --runs $$(dirname $(RECORDS) | xargs -n 1 basename)
+
+docs: install  ## the documentation as a static site, build/site/index.html
+	$(BIN)/python -m advkip.docs
 
 schema: install  ## params/schema.json from the settings, for editors
 	$(BIN)/python -m advkip.config > params/schema.json

@@ -270,17 +270,22 @@ def _run(folder, record):
 
 def render(folder: str | Path, run: str = "*") -> list[Path]:
     """Renders the executed notebooks of runs to HTML beside them; returns the pages."""
-    from nbconvert import HTMLExporter
-
     made = []
     for path in sorted(Path(folder).glob(f"{run}/*.ipynb")):
         page = path.with_suffix(".html")
         if ".failed" in path.name or ".running" in path.name:
             continue
         if not page.exists() or page.stat().st_mtime < path.stat().st_mtime:
-            page.write_text(HTMLExporter().from_filename(str(path))[0])
+            page.write_text(as_html(path))
         made.append(page)
     return made
+
+
+def as_html(path: str | Path) -> str:
+    """An executed notebook as one HTML page."""
+    from nbconvert import HTMLExporter
+
+    return HTMLExporter().from_filename(str(path))[0]
 
 
 def main(arguments=None) -> int:

@@ -19,6 +19,7 @@ from advkip import (
     data,
     diagnose,
     distill,
+    docs,
     evaluate,
     features,
     grid,
@@ -133,6 +134,7 @@ IMPORTS = {
         "sweep",
         "tables",
     },
+    "docs": {"files", "report"},
 }
 
 
@@ -166,6 +168,11 @@ def test_import_table():
         assert all(order.index(one) < order.index(name) for one in above), name
 
 
+def test_the_documentation_has_every_module():
+    named = [name for names in docs.LAYERS.values() for name in names.split()]
+    assert sorted(named) == sorted(set(IMPORTS) - {"__init__"})
+
+
 def test_modules_are_short():
     for path in ROOT.glob("advkip/*.py"):
         assert len(path.read_text().splitlines()) <= 350, path.name
@@ -183,7 +190,7 @@ def test_top_level():
         "notebooks", "advkip", "params", "reports", "tests", "environment.yml", "README.md",
         "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml",
         "requirements.txt", "requirements-lab.txt", "requirements-test.txt",
-        "requirements-cluster.txt",
+        "requirements-cluster.txt", "requirements-docs.txt",
         "requirements-nodeps.txt", "Makefile", ".ci", ".gitignore", ".pre-commit-config.yaml",
     }  # fmt: skip
 
@@ -203,7 +210,7 @@ def test_pins_are_installed_and_stand_in_one_place():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     assert conda == ["python=3.11", "pip", "make"]
-    extras = ("lab", "test", "cluster")
+    extras = ("lab", "test", "cluster", "docs")
     files = ["requirements.txt", *(f"requirements-{name}.txt" for name in extras)]
     assert pip == {"pip": [f"-r {name}" for name in files]}
     assert "==" not in (ROOT / "pyproject.toml").read_text()
