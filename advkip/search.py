@@ -96,8 +96,12 @@ class Trainer:
                 "expected settings of adversarial_training, got null; pass them to train so"
             )
         how = "adversarial" if adversarially else "plain"
-        return search(
+        found = search(
             net, chosen.x, chosen.y, recipe=Recipe.of(section, e), watched=self.watched,
             learning_rates=learning_rates or section.learning_rates, seeds=e.net_seeds(),
             checkpoint_dir=self.folder, label=f"network-{net}-{name}-{how}", progress=progress,
         )  # fmt: skip
+        every = [*found.runs.values(), *found.best[1:]]
+        read = sum(one.resumed > 0 and one.resumed == one.history[-1]["epoch"] for one in every)
+        print(f"{net} on {name}, {how} training: {len(every)} networks, {read} found trained")
+        return found

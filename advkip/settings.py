@@ -258,8 +258,8 @@ class RobustFeatures(Section):
 class Diagnosis(Section):
     sets: Strings = ("adv-kip", "original", "robust-features")
     """what networks of notebook 04 are trained on; see `sets`"""
-    nets: Nets | None = None
-    """null: those of fully_connected and cnns"""
+    nets: Nets | None = ("simple-cnn",)
+    """with plain training; null: those of fully_connected and cnns"""
     n_images: Count = 20
     """test images of a verdict; 100 or more say something"""
     kernels: bool = True

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,9 @@ SHARED = (
     ("network-*-original-adversarial-*.npz", _ROBUST, ("03_cnns", "04_shortcomings")),
 )
 """What experiments share: files, the sections that they depend on, the notebooks that make them."""
+
+LOG = "run.log"
+"""File in an experiment's folder with what its notebooks print."""
 
 
 class Outcome(NamedTuple):
@@ -103,12 +106,13 @@ def perform(
 
 @contextmanager
 def _reporting(folder, notebook) -> Iterator[None]:
-    """The kernel that is started inside writes where it is into the folder's STATUS."""
+    """The kernel started inside says where it is in the folder's STATUS, and all else in LOG."""
     path = (folder / STATUS).resolve()
     progress.write_status(path, {"notebook": notebook})
     os.environ[progress.STATUS] = str(path)
     try:
-        yield
+        with open(folder / LOG, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            yield
     finally:
         os.environ.pop(progress.STATUS)
         path.unlink(missing_ok=True)

@@ -21,7 +21,7 @@
 # against it. *You need* what a derivative and a linear system are; Python. *It takes* half a
 # minute on a CPU. Words are explained in the glossary (`notebooks/glossary.md`).
 #
-# A classifier that reads digits perfectly well can be fooled by a change of its input that we
+# A classifier that tells digits apart perfectly well can be fooled by a change of its input that we
 # hardly see. The usual cure changes the *training*: adversarial training shows the net attacked
 # images over and over. Tsilivis, Su and Kempe (2022) ask another question: could we change the
 # *training data* instead, so that ordinary training on it gives a robust classifier?

@@ -48,7 +48,6 @@
 seed: int = 0  # every random choice derives from it
 dataset: dict = {"name": "digits", "folder": None}  # as in notebook 01
 networks: dict = {"n_original": 500, "n_seeds": 1}  # original images, plain and adversarial
-fully_connected: dict = {"nets": []}  # hidden layers and width, as ["fc3-256"]
 cnns: dict = {
     "nets": ["simple-cnn"],  # simple-cnn, alexnet, vgg11
     "epochs": 60,  # at most
@@ -64,6 +63,7 @@ robust_features: dict = {"n_steps": 30}  # gradient steps behind each image
 diagnosis: dict = {
     # also "kip", the path of an .npz, or a folder with the published CIFAR_ims and CIFAR_lab
     "sets": ["adv-kip", "original", "robust-features"],
+    "nets": ["simple-cnn"],  # with plain training; None: those of fully_connected and cnns
     "n_images": 20,  # test images of a verdict; 100 or more say something
 }
 evaluation: dict = {

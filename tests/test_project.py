@@ -274,15 +274,13 @@ def test_notebook_style(path):
 
 @pytest.mark.parametrize("notebook", ["01_kernels", "02_transfer", "03_cnns", "04_shortcomings"])
 def test_notebooks_show_the_one_set_of_defaults(notebook):
-    """But for what a notebook leaves out to be quick, which it says."""
     declared = papermill.inspect_notebook(ROOT / f"notebooks/{notebook}.ipynb")
     shown = {key: ast.literal_eval(value["default"]) for key, value in declared.items()}
-    quick = {"04_shortcomings": {"fully_connected": {"nets": []}}}
     found = Experiment.from_notebook(shown, notebook).changes()
-    assert {k: v for k, v in found.items() if k != "notebooks"} == quick.get(notebook, {})
+    assert {k: v for k, v in found.items() if k != "notebooks"} == {}
     default = Experiment().to_dict()
     for section, values in shown.items():  # what is shown is there, and by its value
-        if isinstance(values, dict) and section not in quick.get(notebook, {}):
+        if isinstance(values, dict):
             assert values.items() <= default[section].items()
 
 

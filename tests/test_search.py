@@ -35,7 +35,7 @@ def test_search_without_a_rate_that_works(digits):
         )  # fmt: skip
 
 
-def test_a_network_of_one_notebook_is_found_by_the_next(tmp_path, monkeypatch):
+def test_a_network_of_one_notebook_is_found_by_the_next(tmp_path, monkeypatch, capsys):
     e = experiment(
         dataset__n_validation=40, networks__n_original=60, networks__n_watch=20,
         networks__pgd_steps=2, fully_connected__epochs=2, fully_connected__learning_rates=[1e-3],
@@ -54,6 +54,7 @@ def test_a_network_of_one_notebook_is_found_by_the_next(tmp_path, monkeypatch):
     def again(self):
         raise AssertionError("expected no epoch")
 
+    assert "original, plain training: 1 networks, 0 found trained" in capsys.readouterr().out
     monkeypatch.setattr(training._Run, "advance", again)
     for first, how in ((plain, False), (robust, True)):
         found = search.Trainer(e, watched, tmp_path)(
@@ -61,6 +62,7 @@ def test_a_network_of_one_notebook_is_found_by_the_next(tmp_path, monkeypatch):
         )
         assert found.best[0].resumed == (1 if how else 2)
         assert torch.equal(weights(found.best[0]), weights(first.best[0]))
+    assert "original, plain training: 1 networks, 1 found trained" in capsys.readouterr().out
     other = original._replace(x=np.ascontiguousarray(original.x[::-1]))
     with pytest.raises(AssertionError, match="expected no epoch"):
         train("fc1-16", "original", other, progress=False)

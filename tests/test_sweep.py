@@ -57,6 +57,8 @@ def test_a_grid_is_finished_whatever_happens(project, capfd):
         assert (project / "reports" / name / "tiny.ipynb").exists()
     assert "this continues: python -m advkip.run x.yaml --workers 2" in out
     assert not list(project.glob(f"reports/*/{sweep.STATUS}"))
+    assert "3 1" not in out  # what notebooks print is in their log
+    assert "running" in (project / "reports" / "x-seed3" / sweep.LOG).read_text()
     cells = nbformat.read("reports/x-seed3/tiny.ipynb", 4).cells
     seed, cores = cells[-1].outputs[0].text.split()
     assert seed == "3"
