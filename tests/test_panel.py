@@ -94,11 +94,12 @@ def test_a_live_distillation_goes_on_with_another_radius(case):
     assert live.state.step == 3
     assert np.abs(np.asarray(live.state.support[0]) - before).max() > 0
     live.button.value = True
-    for _ in range(100):
+    for _ in range(1200):  # a thread of its own compiles anew
         time.sleep(0.1)
         if live.state.step > 3:
             break
     live.button.value = False
+    live.going.clear()
     assert live.state.step > 3
     assert "step" in live.text.value
 

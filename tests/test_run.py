@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from advkip import files, run
+from advkip import execute, files, run
 from tests.sections import nested
 
 NETS = {"notebooks": ["02_transfer"]}
@@ -150,7 +150,7 @@ def test_interruption_says_how_to_go_on(project, capfd, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.papermill, "execute_notebook", interrupted)
+    monkeypatch.setattr(execute.papermill, "execute_notebook", interrupted)
     assert run.main([params(project)]) == 130
     assert "continues from the last checkpoint" in capfd.readouterr().err
 
