@@ -19,7 +19,7 @@
 #
 # *You will know* how to tell a robust model from one that hides its gradients, and what to make
 # of a published figure. *You need* notebooks 0 to 3. *It takes* a minute and a half on the
-# defaults; an hour for MNIST on two cores. Words are explained in the glossary
+# defaults; two hours for MNIST on two cores. Words are explained in the glossary
 # (`notebooks/glossary.md`).
 #
 # *Section 6 and the appendices of "Can we achieve robustness from data alone?" (Tsilivis, Su, Kempe
