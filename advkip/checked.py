@@ -18,12 +18,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 def number(value) -> Any:
     """A float from a number or its text, '1e-6' or '8/255'; anything else as it is."""
     if isinstance(value, str):
-        parts = value.split("/")
+        above, slash, below = value.partition("/")
         try:
-            found = [float(part) for part in parts]
-            return (
-                found[0] / found[1] if len(found) == 2 else found[0] if len(found) == 1 else value
-            )
+            return float(above) / float(below) if slash else float(above)
         except (ValueError, ZeroDivisionError):
             return value
     return value

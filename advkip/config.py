@@ -153,8 +153,9 @@ class Experiment(Section):
         """The settings of some sections that results depend on, as plain JSON values by path."""
         free = {*FREE, *without}
         flat: dict[str, Any] = {}
+        settings = self.to_dict()
         for section in sections:
-            value = self.to_dict()[section]
+            value = settings[section]
             parts = value.items() if isinstance(value, dict) else [("", value)]
             flat |= {f"{section}.{key}".strip("."): one for key, one in parts}
         return {path: value for path, value in flat.items() if path not in free}
@@ -175,11 +176,13 @@ FREE = (
 )  # fmt: skip
 """Settings that no result depends on."""
 
-_MACHINE = ("seed", "dataset", "kernel", "support", "threat")
-_NETS = (*_MACHINE, "adv_kip", "kip", "threat_l2", "networks", "evaluation")
+MACHINE = ("seed", "dataset", "kernel", "support", "threat")
+"""Sections that a kernel machine on a support set depends on."""
+
+_NETS = (*MACHINE, "adv_kip", "kip", "threat_l2", "networks", "evaluation")
 SECTIONS = {
     "00_walkthrough": (),
-    "01_kernels": (*_MACHINE, "adv_kip", "kip"),
+    "01_kernels": (*MACHINE, "adv_kip", "kip"),
     "02_transfer": (*_NETS, "fully_connected"),
     "03_cnns": (*_NETS, "cnns", "adversarial_training"),
     "04_shortcomings": (

@@ -18,7 +18,7 @@ import optax
 
 import advkip
 from advkip import attacks, data, files, gram, kernels, krr, store
-from advkip.config import Experiment
+from advkip.config import MACHINE, Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
 
@@ -165,8 +165,7 @@ class Run:
         x = jnp.asarray(splits.x_support[:2])
         section = method.replace("-", "_")
         free = ("dataset.n_test", f"{section}.n_steps")
-        parts = ("seed", "dataset", "kernel", "support", "threat", section)
-        self.about = experiment.of(*parts, without=free) | {
+        self.about = experiment.of(*MACHINE, section, without=free) | {
             "method": method, "data": data.fingerprint(splits),
             "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],
         }  # fmt: skip

@@ -42,7 +42,7 @@ def assemble(root: Path, build: Path) -> Path:
         (source / page).write_text((root / file).read_text())
     executed = {}
     for path in sorted(root.glob("reports/*/*.ipynb")):
-        if re.fullmatch(r"\d\d_\w+", path.stem.replace(".", " ")):
+        if re.fullmatch(r"\d\d_\w+", path.stem):
             executed.setdefault(path.parent.name, []).append(path)
     tracked = ("*.png", "results.json", "index.html")
     for folder in [root / "reports", *(root / "reports" / name for name in executed)]:

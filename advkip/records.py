@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 from advkip import files, preflight
@@ -93,11 +94,11 @@ class Recorder:
         own = self.own()
         if self.path.exists():
             old = read(self.path)
+            stays = cache(partial(self._stays, old=old))
             for key in ("rows", "diagnoses"):
-                stay = [one for one in old.get(key, []) if self._stays(one["notebook"], old)]
-                own[key] = stay + own[key]
+                own[key] = [one for one in old.get(key, []) if stays(one["notebook"])] + own[key]
             seconds = old["environment"].get("seconds", {})
-            seconds = {k: v for k, v in seconds.items() if self._stays(k, old)}
+            seconds = {k: v for k, v in seconds.items() if stays(k)}
             own["data"] = old.get("data", {}) | own["data"]
         else:
             seconds = {}

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from advkip import files, progress
-from advkip.config import Experiment
+from advkip.config import MACHINE, SECTIONS, Experiment
 from advkip.execute import NotebookError, execute, prepare
 
 STATUS = ".status.json"
 """File in an experiment's folder that says where it is."""
 
-_SETS = ("seed", "dataset", "kernel", "support", "threat", "adv_kip", "kip")
-_ROBUST = ("seed", "dataset", "kernel", "support", "threat", "networks", "adversarial_training")
+_ROBUST = (*MACHINE, "networks", "adversarial_training")
 SHARED = (
-    ("distillation-*.npz", _SETS, ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings")),
+    (
+        "distillation-*.npz", SECTIONS["01_kernels"],
+        ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings"),
+    ),
     ("network-*-original-adversarial-*.npz", _ROBUST, ("03_cnns", "04_shortcomings")),
-)
+)  # fmt: skip
 """What experiments share: files, the sections that they depend on, the notebooks that make them."""
 
 LOG = "run.log"
@@ -66,7 +68,7 @@ def plan(experiments: list[Experiment]) -> list[Task]:
                     continue
                 key = pattern, json.dumps(experiment.of(*parts), sort_keys=True)
                 maker = makers.setdefault(key, len(tasks))
-                if tasks and maker < len(tasks) and tasks[maker].experiment is not experiment:
+                if maker < len(tasks) and tasks[maker].experiment is not experiment:
                     takes.append((maker, pattern))
             tasks.append(Task(experiment, notebook, before, tuple(takes)))
             before = len(tasks) - 1
