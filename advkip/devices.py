@@ -101,7 +101,7 @@ def cholesky_in_place(a) -> tuple[jax.Array, bool]:
         n = CHOLESKY_DIRECT, and a few blocks beyond.
 
     Returns:
-      The factor L, whose strict upper triangle is to be ignored, and whether all went well.
+      The factor L, with the strict upper triangle of `a` as it was, and whether all went well.
     """
     n = len(a)
     size = n if n <= CHOLESKY_DIRECT else even_size(n, CHOLESKY_BLOCK)
@@ -142,13 +142,15 @@ def _update_block(a, i, rows, j, columns, k, size):
     """A_ij - L_ik L_jk^T."""
     left = jax.lax.dynamic_slice(a, (i, k), (rows, size))
     right = jax.lax.dynamic_slice(a, (j, k), (columns, size))
-    block = jax.lax.dynamic_slice(a, (i, j), (rows, columns)) - product(left, right.T)
+    block = jax.lax.dynamic_slice(a, (i, j), (rows, columns))
+    lower = i + jnp.arange(rows)[:, None] >= j + jnp.arange(columns)
+    block = jnp.where(lower, block - product(left, right.T), block)
     return jax.lax.dynamic_update_slice(a, block, (i, j))
 
 
 def _jax_cholesky(a):
     factor = jax.lax.linalg.cholesky(a, symmetrize_input=False)
-    return factor, jnp.isfinite(factor[-1, -1])
+    return jnp.where(jnp.tri(len(a), dtype=bool), factor, a), jnp.isfinite(factor[-1, -1])
 
 
 def _lapack_cholesky(a):
@@ -170,9 +172,15 @@ def _lapack_cholesky(a):
 
 
 def cholesky_solve(factor, y) -> jax.Array:
-    """(L L^T)^-1 y for the lower factor L (n, n) and y (n, C).
+    """(L L^T)^-1 y for the lower factor L (n, n) and y (n, C)."""
+    return half_solve(factor, half_solve(factor, y), transposed=True)
+
+
+def half_solve(factor, y, *, transposed=False) -> jax.Array:
+    """L^-1 y, or L^-T y, for the lower factor L (n, n), whose upper triangle is not read.
 
     The transposes are chosen so that LAPACK's column-major view of L needs no copy of it.
     """
-    solve = partial(jax.lax.linalg.triangular_solve, factor.T, left_side=True, lower=False)
-    return solve(solve(y, transpose_a=True))
+    return jax.lax.linalg.triangular_solve(
+        factor.T, y, left_side=True, lower=False, transpose_a=not transposed
+    )

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import advkip
-from advkip import attacks, data, files, gram, kernels, krr, store
+from advkip import attacks, data, files, gram, kernels, krr, solver, store
 from advkip.config import MACHINE, Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
@@ -62,6 +62,7 @@ class _State(NamedTuple):
     best_score: float
     history: tuple
     seconds: float
+    origin: krr.Origin | None  # of the factor that goes on serving; None: too few images for that
 
 
 def distill(
@@ -156,6 +157,7 @@ class Run:
             )
         self.experiment, self.settings, self.method = experiment, settings, method
         self.splits, self.kernel = splits, kernel
+        self.live = None, None  # an origin and the `krr.Fit` that has it
         self.threat = attacks.Threat(experiment.threat.norm, experiment.threat.epsilon)
         make = getattr(optax, settings.optimizer)
         self.optimizers = (
@@ -175,22 +177,32 @@ class Run:
 
     def save(self, path, state):
         """Writes the state to a file that `load` reads."""
-        tree = (state.support, state.optimizer_states, state.best)
+        tree = self.arrays(state)
         keys = ("step", "best_step", "best_score", "history", "seconds")
         notes = {key: getattr(state, key) for key in keys}
         store.save(path, tree, about=self.about, notes=notes)
 
     def load(self, path, state):
         """The state in a file, whose leaves are those of `state`."""
-        tree = (state.support, state.optimizer_states, state.best)
-        (support, states, best), notes = store.load(path, tree, about=self.about)
+        tree, notes = store.load(path, self.arrays(state), about=self.about)
         notes["history"] = tuple(notes["history"])
-        return state._replace(support=support, optimizer_states=states, best=best, **notes)
+        support, states, best, *origin = tree
+        return state._replace(
+            support=support, optimizer_states=states, best=best,
+            origin=krr.Origin(*origin[0]) if origin else None, **notes,
+        )  # fmt: skip
+
+    def arrays(self, state):
+        """What of a state is saved as a tree."""
+        tree = (state.support, state.optimizer_states, state.best)
+        return tree if state.origin is None else (*tree, tuple(state.origin))
 
     def start(self, initial):
         support = tuple(jnp.asarray(a) for a in initial)
         states = tuple(o and o.init(a) for o, a in zip(self.optimizers, support, strict=True))
-        return _State(0, support, states, support, 0, -1.0, (), 0.0)
+        x, y = support
+        origin = krr.Origin(x, jnp.zeros_like(y), -1, 0, 0) if len(x) >= solver.KEPT else None
+        return _State(0, support, states, support, 0, -1.0, (), 0.0, origin)
 
     def finished(self, state):
         """Why the run is over, or ''. The last step is only looked at: it has a history line."""
@@ -204,13 +216,12 @@ class Run:
     def advance(self, state):
         """One outer step: history line when due, inner maximum, outer gradient, update."""
         e, began = self.settings, time.perf_counter()
-        diag_reg, block_size = self.experiment.kernel.diag_reg, self.experiment.kernel.block_size
-        fitted = krr.fit(self.kernel, *state.support, diag_reg=diag_reg, block_size=block_size)
+        fitted = self.fit(state)
         x_target, y_target = self.target(state.step)
         x_target = self.attack(fitted.machine, x_target, y_target)
         gradient = krr.support_gradient(
-            fitted, x_target, self.labels(y_target, e.outer_loss), diag_reg=diag_reg,
-            loss=_OuterLoss(e.outer_loss, self.scale(e.outer_loss)), block_size=block_size,
+            fitted, x_target, self.labels(y_target, e.outer_loss),
+            loss=_OuterLoss(e.outer_loss, self.scale(e.outer_loss)),
         )  # fmt: skip
         loss = float(gradient.loss)
         first = state.history[0]["loss"] if state.history else loss
@@ -227,8 +238,22 @@ class Run:
             state = self.validate(state, fitted.machine, loss)
         if not (last or self.finished(state)):
             state = self.update(state, (gradient.x_support, gradient.y_support))
+            if state.origin is not None:
+                state = state._replace(origin=krr.origin(gradient.fitted, state.origin))
+                self.live = state.origin, gradient.fitted
         jax.block_until_ready(state.support)
         return state._replace(seconds=state.seconds + time.perf_counter() - began)
+
+    def fit(self, state):
+        """The support's machine, with the factor of an earlier step where that serves."""
+        section = self.experiment.kernel
+        options = {"diag_reg": section.diag_reg, "block_size": section.block_size or 0}
+        (origin, fitted), self.live = self.live, (None, None)  # whose memory is taken over
+        if state.origin is None or state.origin.age < 0:
+            return krr.fit(self.kernel, *state.support, keep=state.origin is not None, **options)
+        if origin is not state.origin:  # after a resumption
+            fitted = krr.restore(state.origin, self.kernel, **options)
+        return krr.refit(fitted, *state.support)
 
     def target(self, step):
         """The target batch (X_T, labels) of a step, drawn from the pool."""

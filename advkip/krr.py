@@ -2,7 +2,8 @@
 
     f(x) = K_xS alpha,   alpha = (K_SS + r I)^-1 Y_S,   r = diag_reg trace(K_SS) / S
 
-The only S x S array is K_SS itself; its Cholesky factor takes its place. The gradient of a
+The only S x S array is K_SS itself; its Cholesky factor takes its place, or the other triangle (see
+`solver`). The gradient of a
 loss L(f(X_T)) needs no derivative of the factorisation. With G = dL/df (T x C) and
 B = (K_SS + r I)^-1 K_ST G (S x C),
 
@@ -14,10 +15,11 @@ all of rank C (plus the trace term of the relative ridge), so the kernel's pullb
 `kernel`) carries them to the images in tiles that are formed, used and dropped. Every tile is
 spread over all devices (`devices.over_rows`); K_SS and the solves are on each of them.
 
-What S a given memory allows. One array of S x S; the support, its gradient, Adam's two moments
-and a copy of the best, of S x D each; the target batch twice; tiles. In float32, in bytes,
+What S a given memory allows. One array of S x S; the support, its gradient, Adam's two moments,
+a copy of the best and the factor's support, of S x D each; the target batch twice; tiles. In
+float32, in bytes,
 
-    4 S^2 + 20 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on an accelerator)
+    4 S^2 + 24 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on an accelerator)
 
 so that, with T = S / 4 and a tenth of the memory to spare,
 
@@ -40,30 +42,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import inputs
-from advkip.devices import (
-    CHOLESKY_DIRECT,
-    cholesky_in_place,
-    cholesky_solve,
-    even_size,
-    everywhere,
-    jit,
-    over_rows,
-    product,
-)
-from advkip.gram import add_ridge, add_rows, lower_gram, rows_from, rows_of_tile, square_tile
-
-RESIDUAL = 0.01
-"""Largest residual of a float32 solve, relative to the largest label, that is let through."""
-
-STEEP, STEEPEST = 50, 1e5
-"""Coefficients relative to labels over the mean of k(x, x). With the largest of them below STEEP
-float32 kernels, which are wrong by 2e-4 at worst (arccos near 1), leave a residual of RESIDUAL at
-most, so it need not be computed. With a Euclidean norm above STEEPEST even their usual rounding,
-1e-7, would be seen in every prediction."""
-
-ROWS = 16
-"""Rows of the system in which a residual is computed: those of the largest |alpha_i|."""
+from advkip import inputs, residuals, solver
+from advkip.devices import CHOLESKY_DIRECT, even_size, everywhere, jit, over_rows, product
+from advkip.gram import add_rows, rows_from, rows_of_tile, square_tile
 
 
 @partial(
@@ -119,11 +100,10 @@ class Fit(NamedTuple):
     """A fitted machine with what its gradient needs."""
 
     machine: KernelMachine
-    factor: jax.Array  # Cholesky factor of K_SS + r I in the lower triangle of (S, S)
-    ridge: float  # r
+    system: solver.System  # K_SS + r I
 
 
-def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0) -> Fit:
+def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0, keep=False) -> Fit:
     """Solves Eq. 4 for alpha by one Cholesky factorisation.
 
     Args:
@@ -132,6 +112,7 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0) -> Fit:
       y_support: support labels, shape (S, C).
       diag_reg: ridge relative to the mean diagonal of K_SS, >= 0.
       block_size: rows and columns of a tile; 0 chooses from `devices.tile_floats`.
+      keep: keeps what `refit` needs, if there are so many images that it pays.
 
     Returns:
       A `Fit`.
@@ -142,6 +123,66 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0) -> Fit:
         the solution does not solve it (near-identical images, whose kernel float32 cannot tell
         apart; up to `devices.CHOLESKY_DIRECT` images float64 is tried first).
     """
+    x_support, y_support = _checked(x_support, y_support)
+    if not diag_reg >= 0:
+        raise ValueError(f"expected diag_reg >= 0, got {diag_reg}; pass for example 1e-6")
+    system = solver.factorise(
+        kernel, x_support, diag_reg=diag_reg, block_size=block_size,
+        keep=keep and len(x_support) >= solver.KEPT,
+    )  # fmt: skip
+    return _solved(system, y_support, None)
+
+
+def refit(fitted, x_support, y_support) -> Fit:
+    """`fit` of a support that has moved: in a few iterations where an old factor still serves.
+
+    Args:
+      fitted: of the earlier support, by `fit` with `keep` or by `refit`. Its memory is taken over,
+        so it cannot be used any more (its machine can).
+      x_support, y_support: as of `fit`, with as many images.
+
+    Returns:
+      A `Fit`, as exact as that of `fit` (see `solver`).
+
+    Raises:
+      ValueError, FloatingPointError: as `fit`.
+    """
+    x_support, y_support = _checked(x_support, y_support)
+    return _solved(solver.moved(fitted.system, x_support), y_support, fitted.machine.alpha)
+
+
+class Origin(NamedTuple):
+    """What the factor behind a `Fit` is made of again, bit for bit."""
+
+    x: jax.Array  # the support whose factor it is, (S, ...)
+    alpha: jax.Array  # the last solution, (S, C)
+    age: int  # see `solver.System`, like the next two
+    spent: int
+    last: int
+
+
+def origin(fitted, before) -> Origin:
+    """The origin of a `Fit`, whose predecessor's was `before`."""
+    system = fitted.system
+    x = before.x if system.age > 0 else system.x
+    return Origin(x, fitted.machine.alpha, system.age, system.spent, system.last)
+
+
+def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
+    """A `Fit` from which `refit` goes on as from the one that had this origin.
+
+    Raises:
+      FloatingPointError: as `fit`.
+    """
+    x, alpha, *use = origin
+    system = solver.factorise(
+        kernel, everywhere(x), diag_reg=diag_reg, block_size=block_size, keep=True
+    )
+    system = system._replace(**dict(zip(("age", "spent", "last"), use, strict=True)))
+    return Fit(KernelMachine(kernel, system.x, everywhere(alpha)), system)
+
+
+def _checked(x_support, y_support):
     inputs.check_floats(x_support, "x_support")
     inputs.check_floats(y_support, "y_support")
     x_support, y_support = everywhere(x_support), everywhere(y_support)
@@ -150,99 +191,44 @@ def fit(kernel, x_support, y_support, *, diag_reg=1e-6, block_size=0) -> Fit:
             "expected x_support (S, ...) and y_support (S, C), got shapes "
             f"{x_support.shape} and {y_support.shape}; pass one row of labels an image"
         )
-    if not diag_reg >= 0:
-        raise ValueError(f"expected diag_reg >= 0, got {diag_reg}; pass for example 1e-6")
     if not (jnp.isfinite(x_support).all() and jnp.isfinite(y_support).all()):
         raise ValueError(
             "expected finite x_support and y_support, got NaN or infinity; pass "
             "data without them, or lower the learning rate if they came from a run"
         )
-    fitted = _factorise(kernel, x_support, y_support, diag_reg, block_size)
-    residual = _residual(fitted, y_support)
-    if residual > RESIDUAL and len(x_support) <= CHOLESKY_DIRECT:
-        fitted = _fit_in_float64(fitted, x_support, y_support, diag_reg, block_size)
-        residual = _residual(fitted, y_support)
-    if residual > RESIDUAL:
+    return x_support, y_support
+
+
+def _solved(system, y_support, start):
+    """The `Fit` of a system, in float64 where float32 does not solve it."""
+    kernel, x_support = system.kernel, system.x
+    alpha, system = solver.solve(system, y_support, start)
+    machine = KernelMachine(kernel, x_support, alpha)
+    residual = residuals.residual(machine, system.ridge, y_support)
+    if residual > residuals.RESIDUAL and len(x_support) <= CHOLESKY_DIRECT:
+        alpha, system = _solved_in_float64(system, y_support)
+        machine = KernelMachine(kernel, x_support, alpha)
+        residual = residuals.residual(machine, system.ridge, y_support)
+    if residual > residuals.RESIDUAL:
         raise FloatingPointError(
-            f"expected (K_SS + ridge) alpha = y_support to {RESIDUAL:.0%} of the labels, got a "
-            f"residual of {residual:.2g} with diag_reg {diag_reg} in {x_support.dtype}; {ADVICE}"
+            f"expected (K_SS + ridge) alpha = y_support to {residuals.RESIDUAL:.0%} of the labels, "
+            f"got a residual of {residual:.2g} with diag_reg {system.diag_reg} in "
+            f"{x_support.dtype}; {solver.ADVICE}"
         )
-    return fitted
+    return Fit(machine, system)
 
 
-ADVICE = (
-    "pass a larger diag_reg (10 times, say), dtype 'float64', or a support without near-identical "
-    "images"
-)
-
-
-def _factorise(kernel, x_support, y_support, diag_reg, block_size):
-    """A `Fit` by one factorisation in the precision of x_support."""
-    k_ss = lower_gram(kernel, x_support, block_size=block_size)
-    k_ss, ridge = add_ridge(k_ss, diag_reg)
-    if not jnp.isfinite(ridge):
-        raise FloatingPointError(
-            f"expected a finite kernel, got a mean diagonal that is not in {x_support.dtype}; pass "
-            "a smaller W_std, fewer layers, dtype 'float64', or images in [0, 1]"
-        )
-    factor, success = cholesky_in_place(k_ss)
-    alpha = _solve(factor, y_support) if success else None
-    if not success or not jnp.isfinite(alpha).all():
-        raise FloatingPointError(
-            f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
-            f"with diag_reg {diag_reg} in {x_support.dtype}; {ADVICE}"
-        )
-    return Fit(KernelMachine(kernel, x_support, alpha), factor, ridge)
-
-
-def _fit_in_float64(fitted, x_support, y_support, diag_reg, block_size):
-    """The `Fit` of a factorisation in float64, rounded to the precision of x_support."""
-    kernel, dtype = fitted.machine.kernel, x_support.dtype
+def _solved_in_float64(system, y_support):
+    """alpha and the system by a factorisation in float64, rounded to the precision of y_support."""
+    dtype = y_support.dtype
     with jax.enable_x64(True):
-        arrays = (everywhere(np.asarray(a, "float64")) for a in (x_support, y_support))
-        precise = _factorise(kernel, *arrays, diag_reg, block_size)
-        alpha, factor = (everywhere(jnp.asarray(a, dtype)) for a in
-                         (precise.machine.alpha, precise.factor))  # fmt: skip
-    return Fit(KernelMachine(kernel, x_support, alpha), factor, fitted.ridge)
-
-
-def _residual(fitted, y):
-    """Largest |(K_SS + r I) alpha - Y| / max |Y| in the rows of the largest coefficients.
-
-    Where float32 takes the kernel of two near-identical images for another, it solves another
-    system, and its own residual is small. In float64 it shows in the rows of just these images, as
-    they have large coefficients of either sign. A coefficient is as large as what it adds to the
-    function, |alpha_i| k(x_i, x_i)^1/2. 0 in float64, or where none is large.
-    """
-    kernel, x, alpha = (getattr(fitted.machine, key) for key in ("kernel", "x_support", "alpha"))
-    if x.dtype != np.float32:
-        return 0.0
-    scale, norms = max(float(jnp.abs(y).max()), 1e-30), np.asarray(_diagonal(kernel, x))
-    size = np.abs(np.asarray(alpha)).max(1) * np.sqrt(norms / norms.mean())
-    unit = scale / norms.mean()
-    if size.max() < STEEP * unit:
-        return 0.0
-    if (size**2).sum() > (STEEPEST * unit) ** 2:
-        return float("inf")
-    rows = np.argsort(-size, kind="stable")[:ROWS]
-    with jax.enable_x64(True):
-        x, weights = np.asarray(x), np.asarray(alpha, "float64")
-        own = x[rows].astype("float64")
-        sums = np.asarray(y, "float64")[rows] - float(fitted.ridge) * weights[rows]
-        diagonal = np.asarray(_diagonal(kernel, own))[:, None]
-        size = even_size(len(x), 4096)
-        for start in range(0, len(x), size):
-            columns = np.arange(start, min(start + size, len(x)))
-            k = np.asarray(_values(kernel, own, x[columns].astype("float64")))
-            sums -= np.where(rows[:, None] == columns, diagonal, k) @ weights[columns]
-    return float(np.abs(sums).max()) / scale
-
-
-_values = jax.jit(lambda kernel, x, s: kernel.value(x, s), static_argnums=0)
-_diagonal = jax.jit(lambda kernel, x: kernel.diagonal(x), static_argnums=0)
-
-
-_solve = jax.jit(cholesky_solve)
+        x, y = (everywhere(np.asarray(a, "float64")) for a in (system.x, y_support))
+        precise = solver.factorise(
+            system.kernel, x, diag_reg=system.diag_reg, block_size=system.block_size
+        )
+        alpha, precise = solver.solve(precise, y)
+        alpha, factor = (everywhere(jnp.asarray(a, dtype)) for a in (alpha, precise.packed))
+    return alpha, system._replace(packed=factor, age=-1, spent=0, last=0)
 
 
 class SupportGradient(NamedTuple):
@@ -251,37 +237,35 @@ class SupportGradient(NamedTuple):
     loss: jax.Array  # L, a scalar
     x_support: jax.Array  # dL/dX_S, shape of the support images
     y_support: jax.Array  # dL/dY_S, shape (S, C)
+    fitted: Fit  # the one given, which may have a new factor in the memory of its old one
 
 
-def support_gradient(
-    fitted, x_target, y_target, *, loss, diag_reg, block_size=0
-) -> SupportGradient:
+def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
     """L(f(X_T)) and its exact gradient with respect to the support (the outer steps of Eq. 7).
 
     Args:
-      fitted: what `fit` returned for the support.
+      fitted: what `fit` or `refit` returned for the support.
       x_target: the (attacked) target images, shape (T, ...); constants of this gradient.
       y_target: their labels, shape (T, C).
       loss: loss(logits, labels) of each image, from shapes (n, C) to (n,), a hashable function;
         L is the mean.
-      diag_reg: as given to `fit`; the relative ridge depends on the support, too.
-      block_size: rows of a tile; 0 chooses from `devices.tile_floats`.
 
     Returns:
       A `SupportGradient`. Cost: 4 S T D + 3 S^2 D + O(S^2 C) operations.
     """
     kernel, x, alpha = fitted.machine.kernel, fitted.machine.x_support, fitted.machine.alpha
+    diag_reg, block_size = fitted.system.diag_reg, fitted.system.block_size
     n, n_target = len(x), len(x_target)
     x_target, y_target = everywhere(x_target), everywhere(y_target)
     size = even_size(n_target, block_size or rows_of_tile(kernel, n))
     value, gradient, k_st_g = _pull_target(kernel, loss, size, x, alpha, x_target, y_target)
-    b = _solve(fitted.factor, k_st_g)
+    b, system = solver.solve(fitted.system, k_st_g)
     diagonal = -(b * alpha).sum(1) - diag_reg / n * (b * alpha).sum()
     gradient = _pull_diagonal(kernel, gradient, x, diagonal)
     size = even_size(n, block_size or square_tile(kernel))
     for row in range(-(-n // size)):
         gradient = _pull_row(kernel, size, gradient, x, alpha, b, row)
-    return SupportGradient(value, gradient, b)
+    return SupportGradient(value, gradient, b, Fit(fitted.machine, system))
 
 
 @partial(jit, static_argnums=(0, 1, 2))

@@ -1,0 +1,231 @@
+"""Systems (K_SS + r I) X = B, in one array of S x S: by a factor of their own, or an earlier one.
+
+A support moves little between two outer steps, so the Cholesky factor L of an earlier K_SS + r I is
+a good preconditioner for the present one: conjugate gradients, all columns of B at once, reach in a
+few iterations the accuracy that a factorisation has in this precision. An iteration takes O(S^2 C)
+operations, a factorisation S^3 / 3. K_SS is symmetric and L triangular, so one array holds K_SS
+above its diagonal and L below, with the diagonal of K_SS apart.
+
+What "the same accuracy" is, is measured: the backward error of the factor's own solution when it is
+made. Which step factorises depends on numbers of iterations alone, never on a clock, so that a run
+has the same bits each time.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advkip.devices import cholesky_in_place, cholesky_solve, everywhere, half_solve, product
+from advkip.gram import fill_gram, ridged_diagonal, set_diagonal, symmetric_product
+from advkip.kernel import Kernel
+
+KEPT = 4000
+"""Supports of fewer images are factorised at each step: it takes no longer than the iterations."""
+
+ROWS_PER_ITERATION = 200
+"""S over this is how many iterations cost a factorisation: S^3 / 3 operations at the rate of large
+products, against reading S^2 numbers three times (measured on a CPU, see `make bench`)."""
+
+ACCURACY = 4.0
+"""Backward error of conjugate gradients over that of the direct solution, at most."""
+
+PROBES = 8
+"""Columns of random signs whose direct solution is looked at."""
+
+ADVICE = (
+    "pass a larger diag_reg (10 times, say), dtype 'float64', or a support without near-identical "
+    "images"
+)
+
+
+class System(NamedTuple):
+    """K_SS + r I of a support, ready to be solved."""
+
+    kernel: Kernel
+    x: jax.Array  # the support, (S, ...)
+    diag_reg: float
+    block_size: int  # of a tile; 0 chooses
+    ridge: jax.Array  # r
+    packed: jax.Array  # (S, S): L, and above it K_SS if `diagonal` is not None
+    diagonal: jax.Array | None = None  # of K_SS + r I, (S,)
+    tolerance: float = 0.0  # backward error that a solution may have
+    age: int = 0  # supports since the one whose L is; 0: this one's own; -1: not for another one
+    spent: int = 0  # iterations for the supports before this one since then
+    last: int = 0  # iterations for this one
+
+
+def factorise(kernel, x, *, diag_reg, block_size=0, keep=False, memory=None) -> System:
+    """The system of a support with a factor of its own.
+
+    Args:
+      kernel: see `kernel.Kernel`.
+      x: the support, shape (S, ...).
+      diag_reg: ridge relative to the mean diagonal of K_SS.
+      block_size: rows and columns of a tile; 0 chooses.
+      keep: keeps K_SS above the factor, for `moved`.
+      memory: an array (S, S) that is donated, or None.
+
+    Raises:
+      FloatingPointError: K_SS + r I is not positive definite in this precision, or not finite.
+    """
+    k_ss = everywhere(jnp.zeros((len(x), len(x)), x.dtype)) if memory is None else memory
+    k_ss = fill_gram(kernel, k_ss, x, triangle="both" if keep else "lower", block_size=block_size)
+    diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
+    if not jnp.isfinite(ridge):
+        raise FloatingPointError(
+            f"expected a finite kernel, got a mean diagonal that is not in {x.dtype}; pass a "
+            "smaller W_std, fewer layers, dtype 'float64', or images in [0, 1]"
+        )
+    factor, success = cholesky_in_place(set_diagonal(k_ss, diagonal))
+    if not success:
+        raise _not_positive_definite(diag_reg, x.dtype)
+    system = System(kernel, x, diag_reg, block_size, ridge, factor)
+    if not keep:
+        return system
+    signs = np.random.default_rng(0).choice([-1, 1], (len(x), PROBES)).astype(x.dtype)
+    system = system._replace(diagonal=diagonal)
+    probes = everywhere(signs)
+    solution = _solve_factor(factor, probes)
+    error = _errors(system, probes - _product(system, solution), solution)
+    return system._replace(tolerance=ACCURACY * float(error.max()))
+
+
+def _not_positive_definite(diag_reg, dtype) -> FloatingPointError:
+    """The error that says what to change."""
+    return FloatingPointError(
+        f"expected K_SS + ridge to be positive definite, got a failed Cholesky factorisation "
+        f"with diag_reg {diag_reg} in {dtype}; {ADVICE}"
+    )
+
+
+def moved(system, x) -> System:
+    """The system of a support that has moved, whose memory and factor are an earlier one's.
+
+    Args:
+      system: of the earlier support; its array is donated, so it cannot be used any more.
+      x: the support, shape (S, ...).
+
+    Raises:
+      FloatingPointError: as `factorise`, when a new factor is due.
+    """
+    kernel, diag_reg, block_size = system.kernel, system.diag_reg, system.block_size
+    if _is_worn(system):
+        return renewed(system._replace(x=x))
+    packed = fill_gram(kernel, system.packed, x, triangle="upper", block_size=block_size)
+    diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
+    return system._replace(
+        x=x, ridge=ridge, packed=packed, diagonal=diagonal,
+        age=system.age + 1, spent=system.spent + system.last, last=0,
+    )  # fmt: skip
+
+
+def renewed(system) -> System:
+    """The same system with a factor of its own, in the memory of the old one."""
+    return factorise(
+        system.kernel, system.x, diag_reg=system.diag_reg, block_size=system.block_size,
+        keep=system.diagonal is not None, memory=system.packed,
+    )  # fmt: skip
+
+
+def _is_worn(system):
+    """Whether a new factor costs less than to go on with an old one.
+
+    Once the iterations of a support exceed the mean cost of those since the factor was made, the
+    factor's own cost included, that mean can only rise.
+    """
+    if system.diagonal is None or system.age < 0:
+        return True
+    spent = _price(system) + system.spent + system.last
+    return system.last * (system.age + 1) > spent
+
+
+def _price(system):
+    """How many iterations cost a factorisation."""
+    return max(1, len(system.x) // ROWS_PER_ITERATION)
+
+
+def solve(system, b, start=None) -> tuple[jax.Array, System]:
+    """X of (K_SS + r I) X = B, and the system: with a new factor, if the old one did not serve.
+
+    Args:
+      system: its array is donated if it has to be factorised.
+      b: shape (S, C).
+      start: a solution to start from, such as an earlier support's, shape (S, C); None is 0.
+
+    Raises:
+      FloatingPointError: as `factorise`; the solution is not finite.
+    """
+    if system.age > 0:
+        found, iterations = _conjugate_gradients(system, b, start, _price(system))
+        if found is not None:
+            return found, system._replace(last=system.last + iterations)
+        system = renewed(system)
+    found = _solve_factor(system.packed, b)
+    if not jnp.isfinite(found).all():
+        raise _not_positive_definite(system.diag_reg, system.x.dtype)
+    return found, system
+
+
+def _conjugate_gradients(system, b, start, limit):
+    """X with the backward error `tolerance` in every column, or None, and the iterations.
+
+    Block conjugate gradients on L^-1 (K_SS + r I) L^-T, with the residual R = Q C by QR (Dubrulle
+    2001): all columns share one Krylov space, which takes a fifth to a third fewer iterations than
+    a space each. In float32 what is carried along loses touch with the true residual after some
+    four digits, so the true one decides, and the iteration starts again from it.
+    """
+    x = jnp.zeros_like(b) if start is None else start
+    r = b if start is None else b - _product(system, x)
+    iterations = 0
+    while iterations < limit:
+        q, c = _orthogonal(_solve_half(system.packed, r))
+        p, error = q, np.inf
+        while iterations < limit:
+            u = _solve_other_half(system.packed, p)
+            a_u = _product(system, u)
+            t = _solve_half(system.packed, a_u)
+            x, r, p, q, c = _step(x, r, p, q, c, u, a_u, t)
+            iterations += 1
+            before, error = error, float(_errors(system, r, x).max())
+            if not error > system.tolerance or error > before / 2:
+                break
+        r = b - _product(system, x)
+        error = float(_errors(system, r, x).max())
+        if error <= system.tolerance:
+            return x, iterations
+        if not np.isfinite(error):
+            break
+    return None, iterations
+
+
+def _product(system, v):
+    """(K_SS + r I) v."""
+    return symmetric_product(system.packed, system.diagonal, v)
+
+
+_solve_factor = jax.jit(cholesky_solve)
+_solve_half = jax.jit(lambda factor, b: half_solve(factor, b))
+_solve_other_half = jax.jit(lambda factor, b: half_solve(factor, b, transposed=True))
+_orthogonal = jax.jit(jnp.linalg.qr)
+
+
+@jax.jit
+def _step(x, r, p, q, c, u, a_u, t):
+    """One step along the directions L^-T P = U, with (K_SS + r I) U and T = L^-1 (K_SS + r I) U."""
+    inner = product(p.T, t)
+    length = jnp.linalg.solve(inner, c)
+    x, r = x + product(u, length), r - product(a_u, length)
+    q, new = jnp.linalg.qr(q - product(t, jnp.linalg.inv(inner)))
+    return x, r, q + product(p, new.T), q, product(new, c)
+
+
+def _ratio(a, b):
+    """a / b, and 0 for a column that is solved exactly."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _errors(system, r, x):
+    """Backward error of each column: |residual| / (trace(K_SS + r I) |x|)."""
+    return _ratio(jnp.linalg.norm(r, axis=0), system.diagonal.sum() * jnp.linalg.norm(x, axis=0))
