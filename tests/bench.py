@@ -107,10 +107,8 @@ def our_step(work):
             n_steps=n_steps, step_size=step_size,
         )  # fmt: skip
         x = attacks.in_batches(attack, x_t, y_t, batch_size=rows) if n_steps else x_t
-        gradient = krr.support_gradient(
-            fitted, x, y_t, loss=attacks.cross_entropy, diag_reg=DIAG_REG
-        )
-        return gradient.x_support, gradient.y_support, fitted.machine, fitted.ridge
+        gradient = krr.support_gradient(fitted, x, y_t, loss=attacks.cross_entropy)
+        return gradient.x_support, gradient.y_support, fitted.machine, fitted.system.ridge
 
     return step
 

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import data, devices, distill, gram, kernels
+from advkip import data, devices, distill, gram, kernels, solver
 from tests.sections import experiment
 
 
-def few_steps(kernel_name):
-    """X_S after three steps of Algorithm 1; nothing is a multiple of the number of devices."""
+def few_steps(kernel_name, kept=10**9):
+    """X_S after three steps of Algorithm 1; nothing is a multiple of the number of devices.
+
+    Supports of `kept` images or more keep their first factor.
+    """
+    solver.KEPT, solver.ROWS_PER_ITERATION = kept, 1
     e = experiment(
         dataset__name="digits", kernel__name=kernel_name, kernel__dtype="float64",
         support__n_support=30, support__n_target=22, dataset__n_validation=25,
@@ -34,13 +38,15 @@ port, hosts, host, path = sys.argv[1:]
 if int(hosts) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(hosts), int(host))
 from tests.test_devices import few_steps
-(x1, loss1), (x2, loss2) = few_steps("fc2"), few_steps("conv1")
-np.savez(path, x1=x1, x2=x2, loss1=loss1, loss2=loss2, devices=jax.device_count())
+(x1, loss1), (x2, loss2), (x3, loss3) = few_steps("fc2"), few_steps("conv1"), few_steps("fc2", 0)
+np.savez(
+    path, x1=x1, x2=x2, x3=x3, loss1=loss1, loss2=loss2, loss3=loss3, devices=jax.device_count()
+)
 """
 
 
 @pytest.mark.parametrize(("hosts", "devices_each"), [(1, 4), (2, 2)])
-def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each):
+def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each, monkeypatch):
     """Host CPUs stand in for GPUs; two processes with jax.distributed stand in for two hosts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -58,7 +64,9 @@ def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each):
     for process in running:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
-    expected = {"1": few_steps("fc2"), "2": few_steps("conv1")}
+    monkeypatch.setattr(solver, "KEPT", 0)  # both are set anew, and put back in the end
+    monkeypatch.setattr(solver, "ROWS_PER_ITERATION", 1)
+    expected = {"1": few_steps("fc2"), "2": few_steps("conv1"), "3": few_steps("fc2")}
     for i in range(hosts):
         found = np.load(tmp_path / f"{i}.npz")
         assert found["devices"] == hosts * devices_each
@@ -78,6 +86,7 @@ def test_cholesky_in_place(rng, dtype, block, monkeypatch):
     given = jnp.asarray(garbage.astype(dtype))
     factor, success = devices.cholesky_in_place(given)
     assert given.is_deleted()  # the factor took its place
+    np.testing.assert_array_equal(np.triu(factor, 1), np.triu(garbage, 1).astype(dtype))
     exact = np.linalg.cholesky(a.astype("float64"))
     tolerance = 100 * np.finfo(dtype).eps * np.abs(exact).max()
     np.testing.assert_allclose(np.tril(factor), exact, atol=tolerance)
@@ -112,7 +121,8 @@ def test_cholesky_elsewhere_agrees(rng):
     a = rng.normal(size=(20, 30))
     a = jnp.asarray(a @ a.T)
     ours, theirs = devices._lapack_cholesky(a), devices._jax_cholesky(a)
-    np.testing.assert_allclose(np.tril(ours[0]), np.tril(theirs[0]), rtol=1e-10)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-10)
+    np.testing.assert_array_equal(np.triu(theirs[0], 1), np.triu(a, 1))
     assert ours[1]
     assert theirs[1]
 
