@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import advkip
-from advkip import attacks, data, files, gram, kernels, krr, store
+from advkip import attacks, data, files, gram, kernels, krr, optimizers, store
 from advkip.config import MACHINE, Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
@@ -157,14 +157,10 @@ class Run:
         self.experiment, self.settings, self.method = experiment, settings, method
         self.splits, self.kernel = splits, kernel
         self.threat = attacks.Threat(experiment.threat.norm, experiment.threat.epsilon)
-        make = getattr(optax, settings.optimizer)
-        self.optimizers = (
-            make(settings.learning_rate),
-            make(settings.label_learning_rate) if experiment.support.learn_labels else None,
-        )
+        self.optimizers = optimizers.of(settings, learn_labels=experiment.support.learn_labels)
         x = jnp.asarray(splits.x_support[:2])
         section = method.replace("-", "_")
-        free = ("dataset.n_test", f"{section}.n_steps")
+        free = ("dataset.n_test", *(f"{section}.{name}" for name in settings.may_differ))
         self.about = experiment.of(*MACHINE, section, without=free) | {
             "method": method, "data": data.fingerprint(splits),
             "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],

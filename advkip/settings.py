@@ -159,6 +159,10 @@ class Distillation(Section):
     learning_rate: Positive = 1e-2
     """of the images"""
     label_learning_rate: Positive = 1e-2
+    schedule: Literal["constant", "cosine", "exponential", "linear"] = "constant"
+    """of both rates, over n_steps; with another than constant a run cannot go on with more steps"""
+    final_rate: Annotated[Positive, Field(le=1)] = 0.01
+    """where a schedule ends, relative to where it begins"""
     optimizer: OPTIMIZERS = "adam"
     pgd_steps: Annotated[int, Field(ge=0)] = 10
     """of the inner maximum; 0 is KIP, 1 is FGSM"""
@@ -174,6 +178,14 @@ class Distillation(Section):
     """stop after this many steps without improvement; null: never"""
     checkpoint_every: Count = 50
     """outer steps between two checkpoints"""
+
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """Settings that a checkpoint need not share: no step depends on them.
+
+        A checkpoint of a constant rate names no schedule, as those of before there were any.
+        """
+        return ("n_steps", "schedule", "final_rate") if self.schedule == "constant" else ()
 
 
 class Training(Section):

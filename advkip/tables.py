@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from advkip import records
-from advkip.config import FREE
+from advkip.config import FREE, Experiment
 from advkip.settings import Attack
 
 ADVERSARIAL = "original, adversarial training"
@@ -111,15 +111,22 @@ def accuracy(found, *, tables=None, models=None) -> str:
 
 
 def _that_matter(experiment):
-    """The settings that tell experiments of several seeds apart."""
-    free = {*FREE, "seed"}
+    """The settings that tell experiments of several seeds apart, by path.
+
+    Those at their default are left out: a record of before there was a setting lacks it.
+    """
+    free, default = {*FREE, "seed"}, dict(_by_path(Experiment().to_dict()))
     return {
-        key: {k: v for k, v in value.items() if f"{key}.{k}" not in free}
-        if isinstance(value, dict)
-        else value
-        for key, value in experiment.items()
-        if key not in free
+        path: value
+        for path, value in _by_path(experiment)
+        if path not in free and (path not in default or value != default[path])
     }
+
+
+def _by_path(settings):
+    for key, value in settings.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        yield from ((f"{key}.{part}".strip("."), one) for part, one in parts)
 
 
 def checks(diagnoses, *, columns=6) -> str:

@@ -137,10 +137,14 @@ def test_single_precision_mode(digits, tmp_path):
         assert whole.history[-1]["loss"] < whole.history[0]["loss"]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, interruption):
+def test_killed_and_resumed_equals_uninterrupted(
+    digits, tmp_path, monkeypatch, interruption, schedule
+):
     """KeyboardInterrupt writes a checkpoint; SystemExit stands for a kill, which cannot."""
-    whole = run(SMALL, digits)
+    e = changed(SMALL, adv_kip__schedule=schedule)
+    whole = run(e, digits)
     target = distill.Run.target
 
     def cut_off(self, step):
@@ -150,14 +154,14 @@ def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(distill.Run, "target", cut_off)
     with pytest.raises(interruption):
-        run(SMALL, digits, checkpoint_dir=tmp_path)
+        run(e, digits, checkpoint_dir=tmp_path)
     monkeypatch.undo()
     head = json.loads(str(np.load(tmp_path / "distillation-adv-kip.npz")["head"]))
     saved = head["notes"]["step"]
     assert saved == {KeyboardInterrupt: 5, SystemExit: 4}[interruption]
-    resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
+    resumed = run(e, digits, checkpoint_dir=tmp_path)
     assert_same(resumed, whole)
-    assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), whole)  # finished: nothing to do
+    assert_same(run(e, digits, checkpoint_dir=tmp_path), whole)  # finished: nothing to do
 
 
 def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
@@ -169,6 +173,20 @@ def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
     assert [line["step"] for line in longer.history] == [0, 2, 3, 4, 6]  # 3 was looked at, too
     with pytest.raises(ValueError, match="expected a checkpoint of at most 4 steps, got 6"):
         run(changed(SMALL, adv_kip__n_steps=4), digits, checkpoint_dir=tmp_path)
+
+
+def test_with_a_schedule_a_run_has_its_steps_from_the_start(digits, tmp_path):
+    """Their number is in every rate; at a constant one a checkpoint names no schedule at all."""
+    cosine = changed(SMALL, adv_kip__schedule="cosine", adv_kip__n_steps=2)
+    run(cosine, digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="got adv_kip.n_steps 2 instead of 6; delete the file"):
+        run(changed(cosine, adv_kip__n_steps=6), digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="got adv_kip.final_rate 0.01 instead of 0.1"):
+        run(changed(cosine, adv_kip__final_rate=0.1), digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="adv_kip.schedule 'cosine' instead of none"):
+        run(changed(cosine, adv_kip__schedule="constant"), digits, checkpoint_dir=tmp_path)
+    about = run(changed(SMALL, adv_kip__final_rate=0.5, adv_kip__n_steps=2), digits).about
+    assert not {"adv_kip.n_steps", "adv_kip.schedule", "adv_kip.final_rate"} & set(about)
 
 
 def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):

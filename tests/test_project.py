@@ -63,6 +63,7 @@ IMPORTS = {
     "recipe": {"attacks", "config", "inputs", "nets", "settings"},
     "training": {"data", "files", "inputs", "nets", "progress", "recipe", "store", "torch_attacks"},
     "search": {"config", "data", "nets", "recipe", "settings", "training"},
+    "optimizers": {"settings"},
     "distill": {
         "attacks",
         "config",
@@ -71,6 +72,7 @@ IMPORTS = {
         "gram",
         "kernels",
         "krr",
+        "optimizers",
         "progress",
         "settings",
         "store",
