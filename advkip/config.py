@@ -70,6 +70,12 @@ class Experiment(Section):
                 "expected adv_kip.pgd_steps >= 1, got 0; pass adv_kip: null, kip is Algorithm 1 "
                 "with no inner steps"
             )
+        precision = self.adv_kip.attack_precision if self.adv_kip else "full"
+        if self.kernel.dtype == "float64" and precision != "full":
+            raise ValueError(
+                f"expected adv_kip.attack_precision 'full' with kernel.dtype 'float64', got "
+                f"{precision!r}; pass 'full', or dtype 'float32'"
+            )
         if "01_kernels" in self.notebooks and not self.methods:
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)

@@ -156,6 +156,7 @@ class Run:
             )
         self.experiment, self.settings, self.method = experiment, settings, method
         self.splits, self.kernel = splits, kernel
+        self.attacked = kernels.rounded(kernel, settings.attack_precision)
         self.threat = attacks.Threat(experiment.threat.norm, experiment.threat.epsilon)
         self.optimizers = optimizers.of(settings, learn_labels=experiment.support.learn_labels)
         x = jnp.asarray(splits.x_support[:2])
@@ -247,7 +248,7 @@ class Run:
         """The inner maximum, Eq. 8, from the images themselves."""
         e, threat = self.settings, self.experiment.threat
         scaled = krr.KernelMachine(
-            machine.kernel, machine.x_support, machine.alpha * self.scale(e.inner_loss)
+            self.attacked, machine.x_support, machine.alpha * self.scale(e.inner_loss)
         )
         if not e.pgd_steps:
             return x

@@ -166,6 +166,8 @@ class Distillation(Section):
     optimizer: OPTIMIZERS = "adam"
     pgd_steps: Annotated[int, Field(ge=0)] = 10
     """of the inner maximum; 0 is KIP, 1 is FGSM"""
+    attack_precision: Literal["full", "tfloat32", "bfloat16"] = "full"
+    """of the inner maximum's products; the others use the tensor cores of an accelerator"""
     inner_loss: Loss = "cross-entropy"
     outer_loss: Loss = "cross-entropy"
     logit_scale: Positive = 1.0
@@ -183,9 +185,11 @@ class Distillation(Section):
     def may_differ(self) -> tuple[str, ...]:
         """Settings that a checkpoint need not share: no step depends on them.
 
-        A checkpoint of a constant rate names no schedule, as those of before there were any.
+        A checkpoint at a constant rate names no schedule, and one in full precision no other, as
+        those of before there was a choice.
         """
-        return ("n_steps", "schedule", "final_rate") if self.schedule == "constant" else ()
+        steps = ("n_steps", "schedule", "final_rate") if self.schedule == "constant" else ()
+        return (*steps, "attack_precision") if self.attack_precision == "full" else steps
 
 
 class Training(Section):

@@ -189,6 +189,28 @@ def test_with_a_schedule_a_run_has_its_steps_from_the_start(digits, tmp_path):
     assert not {"adv_kip.n_steps", "adv_kip.schedule", "adv_kip.final_rate"} & set(about)
 
 
+def test_an_attack_in_short_precision_finds_what_the_full_one_finds(digits, tmp_path):
+    """Half a percent of the gradients' signs are others; 4 of 200 images is what bits can do."""
+    e = changed(SMALL, dataset__n_validation=200, adv_kip__n_steps=4)
+    full = run(e, digits)
+    assert "adv_kip.attack_precision" not in full.about  # as before there was a choice
+    for precision in ("tfloat32", "bfloat16"):
+        short = changed(e, adv_kip__attack_precision=precision)
+        found = run(short, digits, checkpoint_dir=tmp_path / precision)
+        assert not np.array_equal(found.x_support, full.x_support)
+        assert abs(found.history[-1]["pgd"] - full.history[-1]["pgd"]) <= 4 / 200
+        for key in ("clean", "fgsm", "pgd", "gradient_norm"):
+            assert found.history[0][key] == full.history[0][key]  # validation is in full
+        with pytest.raises(ValueError, match=f"adv_kip.attack_precision '{precision}' instead of"):
+            run(e, digits, checkpoint_dir=tmp_path / precision)
+
+
+def test_a_kernel_without_a_precision_is_refused_at_the_start(digits):
+    e = changed(SMALL, adv_kip__attack_precision="bfloat16", kernel__name="conv1")
+    with pytest.raises(ValueError, match="attack_precision 'bfloat16', got Convolutional; pass"):
+        run(e, digits)
+
+
 def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):
     run(SMALL, digits, checkpoint_dir=tmp_path)
     other = changed(SMALL, adv_kip__learning_rate=0.02)
