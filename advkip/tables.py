@@ -146,7 +146,7 @@ def checks(diagnoses, *, columns=6) -> str:
 def _checks_part(diagnoses):
     titles, found = list(diagnoses), list(diagnoses.values())
     names = list(dict.fromkeys(c["name"] for one in found for c in one["checks"]))
-    lines = [["", *titles], ["---", *["---:"] * len(titles)]]
+    lines = [["", *titles]]
     lines.append(["**verdict**", *(f"**{records.verdict_of(one)}**" for one in found)])
     for key, name in (
         ("clean", "clean accuracy"), ("claimed", "claimed: under FGSM and PGD"),
@@ -164,7 +164,14 @@ def _checks_part(diagnoses):
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)
         lines.append([f"{name} (at most {limit:.0%})", *map(_checked_cell, of_models)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown(lines, "l" + "r" * len(titles))
+
+
+def _markdown(rows, columns):
+    """A table of rows of text, the head first; each column is 'l', left, or 'r', right."""
+    head, *body = rows
+    rule = [{"l": "---", "r": "---:"}[one] for one in columns]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
 def _checked_cell(check):
@@ -200,8 +207,7 @@ def _one_table(data_set, shown):
         + [cell(line.cells.get(attack)) for attack in attacks]
         for line in shown
     ]
-    rule = ["---", "---", "---:", "---", "---:"] + ["---:"] * len(attacks)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+    return _markdown([head, *body], "llrlr" + "r" * len(attacks))
 
 
 def _rank(attack):
@@ -241,7 +247,13 @@ DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
 
 
 def summary(found) -> str:
-    """Markdown: clean and AutoAttack accuracy of a few models, and the paper's AutoAttack.
+    """`summary_rows` as Markdown."""
+    rows = summary_rows(found)
+    return _markdown(rows, "ll" + "r" * (len(rows[0]) - 2))
+
+
+def summary_rows(found) -> list[list[str]]:
+    """Clean and AutoAttack accuracy of a few models, and the paper's AutoAttack; the head first.
 
     Args:
       found: a list of records (see `records.read`).
@@ -254,15 +266,15 @@ def summary(found) -> str:
     head = ["model", "trained on"]
     for name in DATA_SETS.values():
         head += [f"{name}: images", "clean", "AutoAttack", "paper"]
-    text = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    rows = [head]
     for key in SUMMARY:
-        text.append(list(key))
+        rows.append(list(key))
         for data_set in DATA_SETS:
             own, other = ours.get((*key, data_set)), theirs.get((*key, data_set))
-            text[-1] += [f"{own.images:,}" if own else ""]
-            text[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
-            text[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
-    return "\n".join("| " + " | ".join(line) + " |" for line in text)
+            rows[-1] += [f"{own.images:,}" if own else ""]
+            rows[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
+            rows[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
+    return rows
 
 
 def updated(text, mark, table) -> str:
