@@ -105,7 +105,7 @@ def distill(
                 f"{path.name}; pass n_steps >= {state.step}, or delete the file"
             )
 
-    saved = state.step
+    begun, saved = state, state.step
     with tqdm(
         total=n_steps, initial=state.step, disable=not progress, mininterval=1, desc=method,
         unit="step",
@@ -130,7 +130,7 @@ def distill(
                 with files.replacing(path.with_name(f"kept-{method}.npz")) as file:
                     np.savez(file, x_support=kept.x_support, y_support=kept.y_support)
             raise DivergedError(str(error), kept) from error
-    if path:
+    if path and state is not begun:
         run.save(path, state)
     return _result(state, initial, reason, run.about)
 
