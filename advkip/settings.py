@@ -220,12 +220,17 @@ class Networks(Training):
 
     @model_validator(mode="after")
     def _target_of_loss(self):
-        if (self.loss, self.target) == ("cross-entropy", "labels"):
-            raise ValueError(
-                "expected target 'softmax' or 'argmax' with cross-entropy, got 'labels', which "
-                "need not be distributions; pass one of them, or loss 'mse'"
-            )
+        check_target(self.loss, self.target)
         return self
+
+
+def check_target(loss: str, target: str) -> None:
+    """Raises ValueError for label vectors as they are with cross-entropy."""
+    if (loss, target) == ("cross-entropy", "labels"):
+        raise ValueError(
+            "expected target 'softmax' or 'argmax' with cross-entropy, got 'labels', which "
+            "need not be distributions; pass one of them, or loss 'mse'"
+        )
 
 
 class AdversarialTraining(Training):
