@@ -92,7 +92,7 @@ class Experiment(Section):
 
     def _check_diagnosis(self):
         at, sets = self.adversarial_training, self.diagnosis.sets
-        files = {one for one in sets if one not in s.SETS}  # whose sets may have any name
+        files = set(filter(s.is_path, sets))  # whose sets may have any name
         if not files and (strangers := set(at.sets if at else ()) - {"original", *sets}):
             raise ValueError(
                 f"expected adversarial_training.sets among diagnosis.sets, got {sorted(strangers)} "

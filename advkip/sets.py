@@ -16,14 +16,9 @@ import numpy as np
 from advkip import data, distill, features, files, kernels, krr
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.settings import SETS, Kernel, Method
+from advkip.settings import Kernel, Method, is_path
 
 ROBUST_FEATURES = "robust-features"
-
-
-def is_path(name: str) -> bool:
-    """Whether a set's name is that of a file or folder."""
-    return name not in SETS
 
 
 def load(

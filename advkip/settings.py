@@ -17,6 +17,12 @@ METHODS: tuple[Method, ...] = ("adv-kip", "kip")
 SETS = ("original", *METHODS, "robust-features")
 """Names of training sets; anything else is a path (see `sets`)."""
 
+
+def is_path(name: str) -> bool:
+    """Whether a set's name is that of a file or folder."""
+    return name not in SETS
+
+
 FC_NET = r"fc([1-9]\d?)-([1-9]\d*)"
 """Names of fully connected networks: hidden layers, width."""
 
