@@ -70,6 +70,12 @@ class Experiment(Section):
                 "expected adv_kip.pgd_steps >= 1, got 0; pass adv_kip: null, kip is Algorithm 1 "
                 "with no inner steps"
             )
+        precision = self.adv_kip.attack_precision if self.adv_kip else "full"
+        if self.kernel.dtype == "float64" and precision != "full":
+            raise ValueError(
+                f"expected adv_kip.attack_precision 'full' with kernel.dtype 'float64', got "
+                f"{precision!r}; pass 'full', or dtype 'float32'"
+            )
         if "01_kernels" in self.notebooks and not self.methods:
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)
@@ -86,7 +92,7 @@ class Experiment(Section):
 
     def _check_diagnosis(self):
         at, sets = self.adversarial_training, self.diagnosis.sets
-        files = {one for one in sets if one not in s.SETS}  # whose sets may have any name
+        files = set(filter(s.is_path, sets))  # whose sets may have any name
         if not files and (strangers := set(at.sets if at else ()) - {"original", *sets}):
             raise ValueError(
                 f"expected adversarial_training.sets among diagnosis.sets, got {sorted(strangers)} "

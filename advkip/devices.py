@@ -18,6 +18,33 @@ product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 correlation near 1 would be ruined by that, since the kernel depends on 1 - c; and the weights
 alpha of the kernel machine are large and cancel."""
 
+MANTISSA_BITS = {"tfloat32": 10, "bfloat16": 7}
+"""Of the formats with float32's exponent whose products tensor cores sum in float32."""
+
+
+def rounded_product(a, b, precision) -> jax.Array:
+    """Matrix product of factors that are rounded to a shorter format, summed in float32.
+
+    Which factors are multiplied does not depend on the device; on NVIDIA's, tensor cores do it.
+
+    Args:
+      a, b: float32, shapes (n, k) and (k, m).
+      precision: 'full' is `product`; or a format of `MANTISSA_BITS`.
+    """
+    if precision == "full":
+        return product(a, b)
+    bits = MANTISSA_BITS[precision]
+    a, b = (jax.lax.reduce_precision(part, exponent_bits=8, mantissa_bits=bits) for part in (a, b))
+    short = partial(_short_product, "bfloat16" if precision == "bfloat16" else "float32")
+    return jax.lax.platform_dependent(a, b, cuda=short, default=product)
+
+
+def _short_product(dtype, a, b):
+    """In `dtype`, where float32 may be multiplied as TF32: the default on NVIDIA's devices."""
+    a, b, default = a.astype(dtype), b.astype(dtype), jax.lax.Precision.DEFAULT
+    return jnp.matmul(a, b, precision=default, preferred_element_type="float32")
+
+
 jit = partial(jax.jit, compiler_options={"xla_cpu_prefer_vector_width": "512"})
 """jax.jit for outermost functions with long elementwise loops: on a CPU with AVX-512 these fill its
 registers, where XLA's default is half of each (a step of Algorithm 1 takes 5 % less). No other

@@ -24,9 +24,9 @@ PAGES = {
 
 LAYERS = {
     "ground": "checked settings config grid files store progress inputs devices",
-    "engine": "kernel tiled kernels gram krr attacks compat",
+    "engine": "kernel tiled kernels gram solver residuals krr attacks compat",
     "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
-    "sets": "data distill features sets",
+    "sets": "data optimizers algorithm distill features sets",
     "judgement": "models evaluate verdict questions diagnose",
     "paper": "figures preflight records tables report panel signals execute sweep run docs",
 }

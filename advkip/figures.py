@@ -124,8 +124,8 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=
     labels = np.concatenate([y_before[index], y_after[index]])
     names = class_names(dataset, classes[index])
     for column, i in enumerate(index):
-        _image(axes[0, column], x_before[i])
-        _image(axes[1, column], x_after[i])
+        draw_image(axes[0, column], x_before[i])
+        draw_image(axes[1, column], x_after[i])
         axes[2, column].imshow(difference[column], cmap="RdBu_r", vmin=-limit, vmax=limit)
         positions = np.arange(y_after.shape[1])
         axes[3, column].bar(positions, y_before[i], color="#bbbbbb", width=0.9)
@@ -162,8 +162,8 @@ def attacked_images(x, x_attacked, titles) -> Figure:
         return figure
     figure, axes = plt.subplots(3, len(x), figsize=(1.35 * len(x), 4.4), squeeze=False)
     for column, title in enumerate(titles):
-        _image(axes[0, column], x[column])
-        _image(axes[1, column], x_attacked[column])
+        draw_image(axes[0, column], x[column])
+        draw_image(axes[1, column], x_attacked[column])
         difference = (x_attacked[column] - x[column]).mean(2)
         limit = max(np.abs(difference).max(), 1e-12)
         axes[2, column].imshow(difference, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -304,7 +304,7 @@ def inverted_images(x_original, x_start, x_made) -> Figure:
     rows = {"original": x_original, "start": x_start, "made": x_made}
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(line, images, strict=True):
-            _image(axis, image)
+            draw_image(axis, image)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
     figure.tight_layout()
@@ -344,5 +344,6 @@ def _heat(axis, shares, colours):
             axis.text(column, row, "–", ha="center", va="center", color="#666666")
 
 
-def _image(axis, image):
+def draw_image(axis, image) -> None:
+    """Shows an image (H, W, C), grey or in colour, within the pixel range."""
     axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)

@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,7 +74,8 @@ def taken(folder) -> Iterator[None]:
 def digest(path) -> str:
     """16 hex digits of the content of a file, or of the files of a folder.
 
-    Of an .npz these are its arrays alone: the same ones saved again have the same digest.
+    Of an .npz these are its arrays alone: the same ones saved again have the same digest. A file
+    that is as it was is read once a process.
     """
     path, found = Path(path), hashlib.sha256()
     parts = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -83,9 +85,16 @@ def digest(path) -> str:
                 arrays = sorted((i.filename, i.file_size, i.CRC) for i in archive.infolist())
             found.update(repr(arrays).encode())
         elif part.is_file():
-            with open(part, "rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+            stat = part.stat()
+            found.update(_sha256(part.resolve(), stat.st_ino, stat.st_size, stat.st_mtime_ns))
     return found.hexdigest()[:16]
+
+
+@cache
+def _sha256(path, *state):
+    """Of a file's content; `state` tells that it is another one."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def digest_of_arrays(*arrays: np.ndarray) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advkip import compat, settings
-from advkip.devices import product
+from advkip.devices import MANTISSA_BITS, product, rounded_product
 from advkip.kernel import Kernel, as_floats
 from advkip.tiled import (
     Convolutional,
@@ -52,14 +52,22 @@ class FullyConnected(Kernel):
     Args:
       depth: number of hidden layers, 1 or more.
       W_std, b_std: standard deviations of weights (> 0) and biases (>= 0).
+      precision: of the products of images with images and with weights, see
+        `devices.rounded_product`.
     """
 
     depth: int
     W_std: float = math.sqrt(2)
     b_std: float = 0.1
+    precision: str = "full"
 
     def __post_init__(self):
         check_architecture(self.depth, self.W_std, self.b_std)
+        if self.precision not in ("full", *MANTISSA_BITS):
+            raise ValueError(
+                f"expected precision 'full' or one of {[*MANTISSA_BITS]}, got {self.precision!r}; "
+                "pass one of them"
+            )
 
     @property
     def floats_per_pair(self) -> int:
@@ -90,7 +98,7 @@ class FullyConnected(Kernel):
 
     def _covariance(self, x, s):
         """sigma_0, shape (n, m)."""
-        return self._first_layer(product(_flat(x), _flat(s).T), x)
+        return self._first_layer(rounded_product(_flat(x), _flat(s).T, self.precision), x)
 
     def _recursion(self, x, s, sigma, *, exchanged=False):
         """theta and its derivatives by sigma_0 and p_x; XLA drops those that are not used.
@@ -148,8 +156,8 @@ def _pull_closed_form(kernel, x, s, sigma, w):
     sums_x, sigma = _in_order(sums_x, sigma)
     sums_s = product((w * kernel._recursion(x, s, sigma, exchanged=True)[2]).T, ones_x)
     scale = kernel.W_std**2 / xf.shape[1]
-    to_x = scale * (product(weights, sf) + 2 * sums_x * xf)
-    to_s = scale * (product(weights.T, xf) + 2 * sums_s * sf)
+    to_x = scale * (rounded_product(weights, sf, kernel.precision) + 2 * sums_x * xf)
+    to_s = scale * (rounded_product(weights.T, xf, kernel.precision) + 2 * sums_s * sf)
     return to_x.reshape(x.shape), to_s.reshape(s.shape)
 
 
@@ -200,6 +208,22 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> FullyConnected | Convolut
 def of(section: settings.Kernel) -> FullyConnected | Convolutional:
     """The kernel of an experiment's section."""
     return by_name(section.name, W_std=section.W_std, b_std=section.b_std)
+
+
+def rounded(kernel, precision) -> Kernel:
+    """The kernel with its large products in another precision (see `devices.rounded_product`).
+
+    Raises:
+      ValueError: a kernel without a `precision`, unless it is to be 'full'.
+    """
+    if precision == "full":
+        return kernel
+    if not hasattr(kernel, "precision"):
+        raise ValueError(
+            f"expected a kernel with a precision, as 'fc3', for attack_precision {precision!r}, "
+            f"got {type(kernel).__name__}; pass attack_precision 'full'"
+        )
+    return dataclasses.replace(kernel, precision=precision)
 
 
 def set_precision(dtype) -> None:

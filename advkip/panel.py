@@ -15,7 +15,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from advkip import attacks, data, distill, figures, kernels, krr, models, torch_attacks
+from advkip import algorithm, attacks, data, distill, figures, kernels, krr, models, torch_attacks
 from advkip.config import Experiment
 from advkip.settings import Attack
 
@@ -123,7 +123,7 @@ class _Drawing:
             if picture is added:
                 axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
             else:
-                axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1)
+                figures.draw_image(axis, picture)
         for bars, values in zip(self.bars, (found.before, found.after), strict=True):
             for bar, value in zip(bars, values, strict=True):
                 bar.set_height(float(value))
@@ -138,7 +138,7 @@ class _Drawing:
             axis.set_visible(i < len(found.neighbours))
             if i < len(found.neighbours):
                 image, term = found.neighbours[i]
-                axis.imshow(np.clip(image, 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+                figures.draw_image(axis, image)
                 axis.set_title(f"speaks for it: {term:+.2f}", fontsize=8)
         return _png(self.figure)
 
@@ -218,7 +218,7 @@ def _so_far(y_before, x, y, history, names):
     )
     for column, i in enumerate(np.linspace(0, len(x) - 1, 8).astype(int)):
         image, labels = (figure.add_subplot(grid[row, column]) for row in (0, 1))
-        image.imshow(np.clip(x[i], 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
+        figures.draw_image(image, x[i])
         image.set_title(names[i], fontsize=9)
         labels.bar(range(y.shape[1]), y_before[i], color="#b9c0c6")
         labels.bar(range(y.shape[1]), y[i], 0.5, color=figures.COLOURS["clean"])
@@ -264,7 +264,7 @@ class LivePanel(Panel):
     def set_experiment(self, experiment: Experiment) -> None:
         """Goes on with other settings from the support as it is."""
         self.experiment = experiment
-        self.run = distill.Run(experiment, self.splits, kernels.of(experiment.kernel), "adv-kip")
+        self.run = algorithm.Run(experiment, self.splits, kernels.of(experiment.kernel), "adv-kip")
 
     def advance(self, steps: int) -> None:
         """Runs some outer steps, and shows where they led."""

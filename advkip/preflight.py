@@ -4,7 +4,7 @@ import numpy as np
 
 from advkip import data, files, inputs
 from advkip.config import Experiment, sections
-from advkip.settings import PUBLISHED, SETS, Attack
+from advkip.settings import PUBLISHED, SETS, Attack, is_path
 
 
 def check(experiment: Experiment) -> None:
@@ -55,7 +55,7 @@ def _paths(experiment):
     asked = dict.fromkeys(("02_transfer", "03_cnns"), experiment.networks.sets)
     asked["04_shortcomings"] = experiment.diagnosis.sets
     names = (name for one in experiment.notebooks for name in asked.get(one, ()))
-    return [name for name in dict.fromkeys(names) if name not in SETS]
+    return [name for name in dict.fromkeys(names) if is_path(name)]
 
 
 def digests(experiment: Experiment) -> dict[str, str]:

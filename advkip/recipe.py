@@ -9,7 +9,7 @@ from advkip import inputs
 from advkip.attacks import Threat
 from advkip.config import Experiment
 from advkip.nets import device
-from advkip.settings import AdversarialTraining, Loss, Networks
+from advkip.settings import AdversarialTraining, Loss, Networks, check_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,7 @@ class Recipe:
                 "expected loss 'cross-entropy' or 'mse' and optimizer 'adam' or 'sgd', got "
                 f"{self.loss!r} and {self.optimizer!r}; pass one of each"
             )
-        if self.loss == "cross-entropy" and self.target == "labels":
-            raise ValueError(
-                "expected target 'softmax' or 'argmax' with cross-entropy, got 'labels', which "
-                "need not be distributions; pass one of them, or loss 'mse'"
-            )
+        check_target(self.loss, self.target)
 
     @classmethod
     def of(cls, section: Networks | AdversarialTraining, experiment: Experiment) -> "Recipe":

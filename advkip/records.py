@@ -154,8 +154,8 @@ def _need(part, keys, where):
 def check_folder(folder, experiment, advice) -> None:
     """Raises ValueError if a folder's results are of other settings than an experiment's.
 
-    A run may go on with more steps. Networks are trained anew when their settings change, and
-    nothing else depends on these.
+    At a constant rate a run may go on with more steps. Networks are trained anew when their
+    settings change, and nothing else depends on these.
     """
     path = Path(folder) / "results.json"
     if not path.exists():
@@ -163,7 +163,10 @@ def check_folder(folder, experiment, advice) -> None:
     old, new = (one.of(*sections("01_kernels")) for one in (_settings(path), experiment))
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     more = {
-        key for key in changed if key.endswith(".n_steps") and old.get(key, 0) < new.get(key, 0)
+        f"{method}.n_steps"
+        for method in ("adv_kip", "kip")
+        if new.get(f"{method}.schedule") == "constant"
+        and old.get(f"{method}.n_steps", 0) < new[f"{method}.n_steps"]
     }
     if changed - more:
         raise ValueError(

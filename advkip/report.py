@@ -75,13 +75,14 @@ def build(
         raise ValueError(f"expected a results.json below {folder}, got none; run an experiment")
     found = {name: records.read(folder / name / "results.json") for name in names}
     lines = tables.lines(list(found.values()))
+    head, *body = tables.summary_rows(list(found.values()))
     fills = _files(Path(params))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("advkip"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     return environment.get_template("report.html").render(
-        base=base, summary=_summary(list(found.values())),
+        base=base, summary={"head": head, "body": body},
         charts=[chart for name in tables.DATA_SETS if (chart := clean_against_robust(lines, name))],
         scaling=scaling(lines),
         tables=[_paper_table(number, lines, fills) for number in TITLES],
@@ -90,14 +91,6 @@ def build(
         speed=_speed(folder / "benchmarks"),
         runs=[_run(folder / name, record) for name, record in found.items()],
     )  # fmt: skip
-
-
-def _summary(found):
-    head, _, *body = (
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in tables.summary(found).splitlines()
-    )
-    return {"head": head, "body": body}
 
 
 def _kind(line):

@@ -16,14 +16,9 @@ import numpy as np
 from advkip import data, distill, features, files, kernels, krr
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.settings import SETS, Kernel, Method
+from advkip.settings import Kernel, Method, is_path
 
 ROBUST_FEATURES = "robust-features"
-
-
-def is_path(name: str) -> bool:
-    """Whether a set's name is that of a file or folder."""
-    return name not in SETS
 
 
 def load(
@@ -55,7 +50,9 @@ def load(
         else:
             method: Method = "kip" if name == "kip" else "adv-kip"
             result = distill.distill(experiment, splits, method=method, checkpoint_dir=folder)
-            distill.save(Path(folder) / f"{name}.npz", result, experiment, dataset)
+            path = Path(folder) / f"{name}.npz"
+            if not _holds(path, result, experiment, dataset):
+                distill.save(path, result, experiment, dataset)
             x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
             chosen = TrainingSet(x, y, experiment.kernel)
         if name in found:
@@ -125,6 +122,17 @@ def _made_with(settings):
         return method, Kernel.from_params(found["kernel"])
     except (ValueError, KeyError, TypeError):  # not written by `distill.save`
         return None, None
+
+
+def _holds(path, distilled, experiment, dataset):
+    """Whether a file is already what `distill.save` would write, as far as it is read."""
+    try:
+        arrays, settings = data.read(path)
+    except ValueError:  # none, or a damaged one
+        return False
+    new = (distilled.x_support, distilled.y_support, dataset.x_test, dataset.y_test)
+    same = all(np.array_equal(arrays[key], one) for key, one in zip(data.KEYS, new, strict=True))
+    return same and _made_with(settings) == (distilled.about["method"], experiment.kernel)
 
 
 def machine(chosen: TrainingSet, experiment: Experiment) -> krr.KernelMachine:

@@ -17,6 +17,12 @@ METHODS: tuple[Method, ...] = ("adv-kip", "kip")
 SETS = ("original", *METHODS, "robust-features")
 """Names of training sets; anything else is a path (see `sets`)."""
 
+
+def is_path(name: str) -> bool:
+    """Whether a set's name is that of a file or folder."""
+    return name not in SETS
+
+
 FC_NET = r"fc([1-9]\d?)-([1-9]\d*)"
 """Names of fully connected networks: hidden layers, width."""
 
@@ -159,9 +165,15 @@ class Distillation(Section):
     learning_rate: Positive = 1e-2
     """of the images"""
     label_learning_rate: Positive = 1e-2
+    schedule: Literal["constant", "cosine", "exponential", "linear"] = "constant"
+    """of both rates, over n_steps; with another than constant a run cannot go on with more steps"""
+    final_rate: Annotated[Positive, Field(le=1)] = 0.01
+    """where a schedule ends, relative to where it begins"""
     optimizer: OPTIMIZERS = "adam"
     pgd_steps: Annotated[int, Field(ge=0)] = 10
     """of the inner maximum; 0 is KIP, 1 is FGSM"""
+    attack_precision: Literal["full", "tfloat32", "bfloat16"] = "full"
+    """of the inner maximum's products; the others use the tensor cores of an accelerator"""
     inner_loss: Loss = "cross-entropy"
     outer_loss: Loss = "cross-entropy"
     logit_scale: Positive = 1.0
@@ -174,6 +186,16 @@ class Distillation(Section):
     """stop after this many steps without improvement; null: never"""
     checkpoint_every: Count = 50
     """outer steps between two checkpoints"""
+
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """Settings that a checkpoint need not share: no step depends on them.
+
+        A checkpoint at a constant rate names no schedule, and one in full precision no other, as
+        those of before there was a choice.
+        """
+        steps = ("n_steps", "schedule", "final_rate") if self.schedule == "constant" else ()
+        return (*steps, "attack_precision") if self.attack_precision == "full" else steps
 
 
 class Training(Section):
@@ -204,12 +226,17 @@ class Networks(Training):
 
     @model_validator(mode="after")
     def _target_of_loss(self):
-        if (self.loss, self.target) == ("cross-entropy", "labels"):
-            raise ValueError(
-                "expected target 'softmax' or 'argmax' with cross-entropy, got 'labels', which "
-                "need not be distributions; pass one of them, or loss 'mse'"
-            )
+        check_target(self.loss, self.target)
         return self
+
+
+def check_target(loss: str, target: str) -> None:
+    """Raises ValueError for label vectors as they are with cross-entropy."""
+    if (loss, target) == ("cross-entropy", "labels"):
+        raise ValueError(
+            "expected target 'softmax' or 'argmax' with cross-entropy, got 'labels', which "
+            "need not be distributions; pass one of them, or loss 'mse'"
+        )
 
 
 class AdversarialTraining(Training):

@@ -88,7 +88,7 @@ def _differences(old: Mapping, new: Mapping) -> str:
     found = []
     for key in sorted(old.keys() | new.keys()):
         if key not in new:
-            found.append(f"{key}, which no longer exists")
+            found.append(f"{key} {old[key]!r} instead of none")
         elif key not in old:
             found.append(f"no {key}")
         elif old[key] != new[key]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from advkip import records
-from advkip.config import FREE
+from advkip.config import FREE, Experiment
 from advkip.settings import Attack
 
 ADVERSARIAL = "original, adversarial training"
@@ -111,15 +111,22 @@ def accuracy(found, *, tables=None, models=None) -> str:
 
 
 def _that_matter(experiment):
-    """The settings that tell experiments of several seeds apart."""
-    free = {*FREE, "seed"}
+    """The settings that tell experiments of several seeds apart, by path.
+
+    Those at their default are left out: a record of before there was a setting lacks it.
+    """
+    free, default = {*FREE, "seed"}, dict(_by_path(Experiment().to_dict()))
     return {
-        key: {k: v for k, v in value.items() if f"{key}.{k}" not in free}
-        if isinstance(value, dict)
-        else value
-        for key, value in experiment.items()
-        if key not in free
+        path: value
+        for path, value in _by_path(experiment)
+        if path not in free and (path not in default or value != default[path])
     }
+
+
+def _by_path(settings):
+    for key, value in settings.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        yield from ((f"{key}.{part}".strip("."), one) for part, one in parts)
 
 
 def checks(diagnoses, *, columns=6) -> str:
@@ -139,7 +146,7 @@ def checks(diagnoses, *, columns=6) -> str:
 def _checks_part(diagnoses):
     titles, found = list(diagnoses), list(diagnoses.values())
     names = list(dict.fromkeys(c["name"] for one in found for c in one["checks"]))
-    lines = [["", *titles], ["---", *["---:"] * len(titles)]]
+    lines = [["", *titles]]
     lines.append(["**verdict**", *(f"**{records.verdict_of(one)}**" for one in found)])
     for key, name in (
         ("clean", "clean accuracy"), ("claimed", "claimed: under FGSM and PGD"),
@@ -157,7 +164,14 @@ def _checks_part(diagnoses):
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)
         lines.append([f"{name} (at most {limit:.0%})", *map(_checked_cell, of_models)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return _markdown(lines, "l" + "r" * len(titles))
+
+
+def _markdown(rows, columns):
+    """A table of rows of text, the head first; each column is 'l', left, or 'r', right."""
+    head, *body = rows
+    rule = [{"l": "---", "r": "---:"}[one] for one in columns]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
 def _checked_cell(check):
@@ -193,8 +207,7 @@ def _one_table(data_set, shown):
         + [cell(line.cells.get(attack)) for attack in attacks]
         for line in shown
     ]
-    rule = ["---", "---", "---:", "---", "---:"] + ["---:"] * len(attacks)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+    return _markdown([head, *body], "llrlr" + "r" * len(attacks))
 
 
 def _rank(attack):
@@ -234,7 +247,13 @@ DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
 
 
 def summary(found) -> str:
-    """Markdown: clean and AutoAttack accuracy of a few models, and the paper's AutoAttack.
+    """`summary_rows` as Markdown."""
+    rows = summary_rows(found)
+    return _markdown(rows, "ll" + "r" * (len(rows[0]) - 2))
+
+
+def summary_rows(found) -> list[list[str]]:
+    """Clean and AutoAttack accuracy of a few models, and the paper's AutoAttack; the head first.
 
     Args:
       found: a list of records (see `records.read`).
@@ -247,15 +266,15 @@ def summary(found) -> str:
     head = ["model", "trained on"]
     for name in DATA_SETS.values():
         head += [f"{name}: images", "clean", "AutoAttack", "paper"]
-    text = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    rows = [head]
     for key in SUMMARY:
-        text.append(list(key))
+        rows.append(list(key))
         for data_set in DATA_SETS:
             own, other = ours.get((*key, data_set)), theirs.get((*key, data_set))
-            text[-1] += [f"{own.images:,}" if own else ""]
-            text[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
-            text[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
-    return "\n".join("| " + " | ".join(line) + " |" for line in text)
+            rows[-1] += [f"{own.images:,}" if own else ""]
+            rows[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
+            rows[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
+    return rows
 
 
 def updated(text, mark, table) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import data, devices, distill, gram, kernels, solver
+from advkip import attacks, data, devices, distill, gram, kernels, krr, solver
 from tests.sections import experiment
 
 
@@ -145,3 +145,52 @@ def test_tiles_grow_with_the_memory_of_a_gpu(monkeypatch):
 
 def test_even_size():
     assert [devices.even_size(n, 4) for n in (1, 4, 5, 8, 9)] == [1, 4, 3, 4, 3]
+
+
+def to_bits(a, bits):
+    """Float32 numbers rounded to that many mantissa bits, ties to even."""
+    drop, whole = 23 - bits, np.asarray(a, "float32").view("uint32")
+    whole = whole + ((1 << (drop - 1)) - 1) + ((whole >> drop) & 1)
+    return (whole >> drop << drop).astype("uint32").view("float32")
+
+
+@pytest.mark.parametrize("precision", devices.MANTISSA_BITS)
+def test_rounded_product_is_the_product_of_rounded_factors(rng, precision):
+    a, b = (rng.normal(size=shape).astype("float32") for shape in ((7, 300), (300, 5)))
+    bits = devices.MANTISSA_BITS[precision]
+    short = [to_bits(part, bits).astype("float64") for part in (a, b)]
+    if precision == "bfloat16":
+        np.testing.assert_array_equal(short[0], jnp.asarray(a, "bfloat16").astype("float64"))
+    found = devices.rounded_product(jnp.asarray(a), jnp.asarray(b), precision)
+    assert found.dtype == "float32"
+    size = np.abs(short[0]) @ np.abs(short[1])
+    assert (np.abs(found - short[0] @ short[1]) < 1e-6 * size).all()  # summed in float32
+    assert np.abs(found - a.astype("float64") @ b).max() > 1e-5 * size.max()
+    full = devices.rounded_product(jnp.asarray(a), jnp.asarray(b), "full")
+    np.testing.assert_array_equal(full, devices.product(a, b))
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked"),
+    [
+        ("full", "precision = [HIGHEST, HIGHEST] : (tensor<20x64xf32>, tensor<64x30xf32>)"),
+        ("tfloat32", "precision = [DEFAULT, DEFAULT] : (tensor<20x64xf32>, tensor<64x30xf32>)"),
+        ("bfloat16", "precision = [DEFAULT, DEFAULT] : (tensor<20x64xbf16>, tensor<64x30xbf16>)"),
+    ],
+)
+def test_what_a_gpu_is_asked_for(precision, asked):
+    """An attack's two large products in short precision, those with alpha in full."""
+    kernel = kernels.rounded(kernels.by_name("fc2"), precision)
+    x, y, x_support, alpha = (
+        jnp.zeros(shape, "float32") for shape in ((20, 8, 8, 1), (20, 10), (30, 8, 8, 1), (30, 10))
+    )
+
+    def products(platform):
+        machine, threat = krr.KernelMachine(kernel, x_support, alpha), attacks.Threat("linf", 0.1)
+        traced = attacks._pgd.trace(machine, x, y, 0.05, None, threat, 3, "mse", 1)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return [line for line in text.splitlines() if "dot_general" in line]
+
+    assert sum(asked in line for line in products("cuda")) == 1
+    for platform, expected in (("cuda", 0 if precision == "full" else 2), ("cpu", 0)):
+        assert sum("DEFAULT" in line for line in products(platform)) == expected

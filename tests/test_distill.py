@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from advkip import attacks, data, distill, kernels, krr
+from advkip import algorithm, attacks, data, distill, kernels, krr
 from advkip.config import Experiment
 from tests.sections import changed, experiment
 
@@ -92,7 +92,7 @@ def test_equals_algorithm_1_word_for_word(digits, pgd_steps, outer_loss):
         e = changed(e, kip__label_learning_rate=0.01)
     splits = data.split(digits, e)
     x, y = reference(e, splits, 3, method)
-    runner = distill.Run(e, splits, kernels.of(e.kernel), method)
+    runner = algorithm.Run(e, splits, kernels.of(e.kernel), method)
     state = runner.start(distill.initial_support(e, splits))
     for _ in range(3):
         state = runner.advance(state)
@@ -137,27 +137,31 @@ def test_single_precision_mode(digits, tmp_path):
         assert whole.history[-1]["loss"] < whole.history[0]["loss"]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
-def test_killed_and_resumed_equals_uninterrupted(digits, tmp_path, monkeypatch, interruption):
+def test_killed_and_resumed_equals_uninterrupted(
+    digits, tmp_path, monkeypatch, interruption, schedule
+):
     """KeyboardInterrupt writes a checkpoint; SystemExit stands for a kill, which cannot."""
-    whole = run(SMALL, digits)
-    target = distill.Run.target
+    e = changed(SMALL, adv_kip__schedule=schedule)
+    whole = run(e, digits)
+    target = algorithm.Run.target
 
     def cut_off(self, step):
         if step == 5:
             raise interruption
         return target(self, step)
 
-    monkeypatch.setattr(distill.Run, "target", cut_off)
+    monkeypatch.setattr(algorithm.Run, "target", cut_off)
     with pytest.raises(interruption):
-        run(SMALL, digits, checkpoint_dir=tmp_path)
+        run(e, digits, checkpoint_dir=tmp_path)
     monkeypatch.undo()
     head = json.loads(str(np.load(tmp_path / "distillation-adv-kip.npz")["head"]))
     saved = head["notes"]["step"]
     assert saved == {KeyboardInterrupt: 5, SystemExit: 4}[interruption]
-    resumed = run(SMALL, digits, checkpoint_dir=tmp_path)
+    resumed = run(e, digits, checkpoint_dir=tmp_path)
     assert_same(resumed, whole)
-    assert_same(run(SMALL, digits, checkpoint_dir=tmp_path), whole)  # finished: nothing to do
+    assert_same(run(e, digits, checkpoint_dir=tmp_path), whole)  # finished: nothing to do
 
 
 def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
@@ -169,6 +173,42 @@ def test_a_run_can_go_on_with_more_steps(digits, tmp_path):
     assert [line["step"] for line in longer.history] == [0, 2, 3, 4, 6]  # 3 was looked at, too
     with pytest.raises(ValueError, match="expected a checkpoint of at most 4 steps, got 6"):
         run(changed(SMALL, adv_kip__n_steps=4), digits, checkpoint_dir=tmp_path)
+
+
+def test_with_a_schedule_a_run_has_its_steps_from_the_start(digits, tmp_path):
+    """Their number is in every rate; at a constant one a checkpoint names no schedule at all."""
+    cosine = changed(SMALL, adv_kip__schedule="cosine", adv_kip__n_steps=2)
+    run(cosine, digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="got adv_kip.n_steps 2 instead of 6; delete the file"):
+        run(changed(cosine, adv_kip__n_steps=6), digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="got adv_kip.final_rate 0.01 instead of 0.1"):
+        run(changed(cosine, adv_kip__final_rate=0.1), digits, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="adv_kip.schedule 'cosine' instead of none"):
+        run(changed(cosine, adv_kip__schedule="constant"), digits, checkpoint_dir=tmp_path)
+    about = run(changed(SMALL, adv_kip__final_rate=0.5, adv_kip__n_steps=2), digits).about
+    assert not {"adv_kip.n_steps", "adv_kip.schedule", "adv_kip.final_rate"} & set(about)
+
+
+def test_an_attack_in_short_precision_finds_what_the_full_one_finds(digits, tmp_path):
+    """Half a percent of the gradients' signs are others; 4 of 200 images is what bits can do."""
+    e = changed(SMALL, dataset__n_validation=200, adv_kip__n_steps=4)
+    full = run(e, digits)
+    assert "adv_kip.attack_precision" not in full.about  # as before there was a choice
+    for precision in ("tfloat32", "bfloat16"):
+        short = changed(e, adv_kip__attack_precision=precision)
+        found = run(short, digits, checkpoint_dir=tmp_path / precision)
+        assert not np.array_equal(found.x_support, full.x_support)
+        assert abs(found.history[-1]["pgd"] - full.history[-1]["pgd"]) <= 4 / 200
+        for key in ("clean", "fgsm", "pgd", "gradient_norm"):
+            assert found.history[0][key] == full.history[0][key]  # validation is in full
+        with pytest.raises(ValueError, match=f"adv_kip.attack_precision '{precision}' instead of"):
+            run(e, digits, checkpoint_dir=tmp_path / precision)
+
+
+def test_a_kernel_without_a_precision_is_refused_at_the_start(digits):
+    e = changed(SMALL, adv_kip__attack_precision="bfloat16", kernel__name="conv1")
+    with pytest.raises(ValueError, match="attack_precision 'bfloat16', got Convolutional; pass"):
+        run(e, digits)
 
 
 def test_other_settings_do_not_take_the_checkpoint(digits, tmp_path):
@@ -216,14 +256,14 @@ def test_unreadable_checkpoint(digits, tmp_path):
 
 def test_best_support_is_that_of_the_highest_robust_accuracy(digits, monkeypatch):
     """Also for KIP, which is judged by clean accuracy."""
-    validate = distill.Run.validate
+    validate = algorithm.Run.validate
     supports = {}
 
     def remember(self, state, machine, loss):
         supports[state.step] = np.asarray(state.support[0])
         return validate(self, state, machine, loss)
 
-    monkeypatch.setattr(distill.Run, "validate", remember)
+    monkeypatch.setattr(algorithm.Run, "validate", remember)
     change = {"n_steps": 30, "learning_rate": 0.05, "eval_every": 2}
     e = SMALL.replace(adv_kip=change, kip=change)
     for method, key in (("adv-kip", "pgd"), ("kip", "clean")):
@@ -239,7 +279,7 @@ def test_early_stopping(digits, monkeypatch):
     """Robust accuracy rises until step 4; with patience 6 the run ends at step 10."""
     predict, looks = attacks.predict, iter(range(100))
     scores = {0: 0.1, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3}
-    validate = distill.Run.validate
+    validate = algorithm.Run.validate
 
     def scripted(self, state, machine, loss):
         right = round(scores[next(looks)] * SMALL.dataset.n_validation)
@@ -250,7 +290,7 @@ def test_early_stopping(digits, monkeypatch):
         monkeypatch.setattr(attacks, "predict", predict)
         return state
 
-    monkeypatch.setattr(distill.Run, "validate", scripted)
+    monkeypatch.setattr(algorithm.Run, "validate", scripted)
     result = run(changed(SMALL, adv_kip__n_steps=40, adv_kip__patience=6), digits)
     assert (result.stopped, result.step) == ("patience", 4)
     assert [line["step"] for line in result.history] == [0, 2, 4, 6, 8, 10]
@@ -260,7 +300,7 @@ def test_early_stopping(digits, monkeypatch):
 def after(e, digits, n_steps=3):
     """The support after some steps, whichever is best."""
     splits = data.split(digits, e)
-    runner = distill.Run(e, splits, kernels.of(e.kernel), "adv-kip")
+    runner = algorithm.Run(e, splits, kernels.of(e.kernel), "adv-kip")
     state = runner.start(distill.initial_support(e, splits))
     start = state.support
     for _ in range(n_steps):
@@ -306,7 +346,7 @@ def test_own_learning_rate_of_the_labels(digits):
             kernel__dtype="float64",
         )
         splits = data.split(digits, e)
-        runner = distill.Run(e, splits, kernels.of(e.kernel), "adv-kip")
+        runner = algorithm.Run(e, splits, kernels.of(e.kernel), "adv-kip")
         start = runner.start(distill.initial_support(e, splits))
         end = runner.advance(start)
         moves[rate] = [np.asarray(b - a) for a, b in zip(start.support, end.support, strict=True)]
@@ -326,7 +366,7 @@ def test_logit_scale_scales_the_logits_of_both_losses(digits):
     splits = data.split(digits, e)
     runs = []
     for scale, factor in ((10.0, 1), (1.0, 10)):
-        runner = distill.Run(
+        runner = algorithm.Run(
             changed(e, adv_kip__logit_scale=scale), splits, kernels.of(e.kernel), "adv-kip"
         )
         x, y = distill.initial_support(e, splits)
@@ -368,7 +408,7 @@ def test_a_support_that_overflows_stops_and_keeps_the_best(digits, monkeypatch):
 def test_a_nan_gradient_stops_before_it_does_harm(digits, monkeypatch):
     def broken(fitted, *_, **__):
         x, y = fitted.machine.x_support, fitted.machine.alpha
-        return krr.SupportGradient(jnp.float32(1), x * np.nan, y)
+        return krr.SupportGradient(jnp.float32(1), x * np.nan, y, fitted)
 
     monkeypatch.setattr(krr, "support_gradient", broken)
     with pytest.raises(distill.DivergedError, match="expected a finite support") as error:

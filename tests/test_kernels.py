@@ -84,6 +84,23 @@ def test_pullback_equals_autodiff_through_neural_tangents(rng, name):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("tfloat32", 10), ("bfloat16", 7)])
+def test_rounded_products_are_near_the_exact_ones(rng, precision, bits):
+    """Each factor is half a unit in its last place off; sums of both signs make that larger."""
+    x, s, w = images(rng, 20, "float32"), images(rng, 30, "float32"), rng.normal(size=(20, 30))
+    kernel = kernels.by_name("fc3")
+    short = kernels.rounded(kernel, precision)
+    assert kernels.rounded(kernel, "full") is kernel
+    found, expected = (k.value_and_pullback(x, s) for k in (short, kernel))
+    w = jnp.asarray(w, "float32")
+    results = zip(
+        (found[0], *found[1](w)), (expected[0], *expected[1](w)), (2, 8, 8), strict=True
+    )  # fmt: skip
+    for a, b, factor in results:
+        error = jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+        assert 0 < error < factor * 2.0 ** -(bits + 1)
+
+
 @pytest.mark.parametrize("name", ["fc3", "conv1"])
 def test_call_is_differentiable_in_both_arguments(rng, name):
     x, s, w = images(rng, 3), images(rng, 4), jnp.asarray(rng.normal(size=(3, 4)))
@@ -205,6 +222,12 @@ def test_bad_input():
             kernels.by_name(name)
     with pytest.raises(ValueError, match="expected depth >= 1, W_std > 0"):
         kernels.by_name("fc3", W_std=0.0)
+    with pytest.raises(ValueError, match="expected precision 'full' or one of .'tfloat32', 'bfl"):
+        kernels.FullyConnected(3, precision="float16")
+    for other in (kernels.by_name("conv3"), kernels.Stax(stax_fc(1)), Gaussian()):
+        assert kernels.rounded(other, "full") is other
+        with pytest.raises(ValueError, match=f"'bfloat16', got {type(other).__name__}; pass"):
+            kernels.rounded(other, "bfloat16")
     with pytest.raises(ValueError, match="expected the kernel_fn of a stax network"):
         kernels.Stax(None)
     with pytest.raises(ValueError, match="expected dtype 'float32' or 'float64'"):

@@ -29,7 +29,7 @@ from advkip import (
     training,
 )
 from advkip.config import Experiment, schema
-from advkip.settings import Attack
+from advkip.settings import Attack, is_path
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
@@ -65,19 +65,19 @@ IMPORTS = {
     "recipe": {"attacks", "config", "inputs", "nets", "settings"},
     "training": {"data", "files", "inputs", "nets", "progress", "recipe", "store", "torch_attacks"},
     "search": {"config", "data", "nets", "recipe", "settings", "training"},
-    "distill": {
+    "optimizers": {"settings"},
+    "algorithm": {
         "attacks",
         "config",
         "data",
-        "files",
         "gram",
         "kernels",
         "krr",
-        "progress",
-        "settings",
+        "optimizers",
         "solver",
         "store",
     },
+    "distill": {"algorithm", "config", "data", "files", "kernels", "progress", "settings"},
     "features": {"data", "files", "nets", "progress", "settings", "store"},
     "sets": {"config", "data", "distill", "features", "files", "kernels", "krr", "settings"},
     "models": {"attacks", "bridge", "krr", "nets", "probes", "settings", "torch_attacks"},
@@ -112,6 +112,7 @@ IMPORTS = {
     "tables": {"config", "records", "settings"},
     "report": {"grid", "records", "tables"},
     "panel": {
+        "algorithm",
         "attacks",
         "config",
         "data",
@@ -362,9 +363,9 @@ def check_networks(e, splits, folder):
     """An epoch of each network, plain and adversarial, and the attacks of the file but AutoAttack,
     whose name alone is checked: it takes minutes on a large network."""
     dataset = data.load(e.dataset.name, e.dataset.folder)
-    for name in filter(sets.is_path, (*e.networks.sets, *e.diagnosis.sets)):
+    for name in filter(is_path, (*e.networks.sets, *e.diagnosis.sets)):
         assert name.startswith("reports/") or name in PUBLISHED
-    asked = [name for name in e.networks.sets if not sets.is_path(name)]
+    asked = [name for name in e.networks.sets if not is_path(name)]
     chosen = sets.load({"original": 0} | dict.fromkeys(asked), e, splits, dataset, folder)
     once = {"epochs": 1, "eval_every": 1}
     at = e.adversarial_training and {"adversarial_training": once | {"pgd_steps": 1}}

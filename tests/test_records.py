@@ -65,6 +65,14 @@ def test_a_folder_holds_results_of_one_experiment(tmp_path):
         write(tmp_path, notebook="02_transfer", threat__epsilon=0.3, seed=1)
 
 
+def test_more_steps_of_a_schedule_are_another_experiment(tmp_path):
+    cosine = {"adv_kip__schedule": "cosine"}
+    write(tmp_path, **cosine)
+    with pytest.raises(ValueError, match=r"got other \['adv_kip.n_steps'\]; pass output = '"):
+        write(tmp_path, **cosine, adv_kip__n_steps=61)
+    write(tmp_path, **cosine, kip__n_steps=61)  # at a constant rate
+
+
 def test_rows_of_other_data_go(tmp_path, monkeypatch):
     def of_data(**digests):
         monkeypatch.setattr(preflight, "digests", lambda experiment: dict(digests))
@@ -99,6 +107,14 @@ def test_table_sets_the_paper_beside_ours(tmp_path):
 def test_seeds_become_mean_and_std(tmp_path):
     found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
     assert "| 90.00 ± 0.00 | 35.00 ± 7.07 |" in tables.accuracy(found, tables=())
+
+
+def test_records_of_before_a_setting_are_those_of_its_default(tmp_path):
+    found = [write(tmp_path / str(s), seed=s, accuracy=a) for s, a in ((0, 0.3), (1, 0.4))]
+    del found[0]["experiment"]["adv_kip"]["schedule"], found[0]["experiment"]["threat_l2"]
+    assert "| 35.00 ± 7.07 " in tables.accuracy(found, tables=())
+    found[0]["experiment"]["adv_kip"]["schedule"] = "cosine"
+    assert "±" not in tables.accuracy(found, tables=())
 
 
 def test_only_seeds_are_averaged(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, distill, features, kernels, krr, nets, sets
+from advkip import algorithm, data, distill, features, kernels, krr, nets, sets
 from tests.sections import changed, experiment
 
 SMALL = experiment(
@@ -45,7 +45,7 @@ def test_a_set_that_is_there_is_not_made_again(digits, splits, tmp_path, monkeyp
     def again(self, state):
         raise AssertionError("expected no new step")
 
-    monkeypatch.setattr(distill.Run, "advance", again)
+    monkeypatch.setattr(algorithm.Run, "advance", again)
     same = sets.load(["adv-kip"], SMALL, splits, digits, tmp_path)["adv-kip"]
     np.testing.assert_array_equal(first.x, same.x)
     name, from_file = next(
@@ -59,6 +59,27 @@ def test_a_set_that_is_there_is_not_made_again(digits, splits, tmp_path, monkeyp
         sets.load(["adv-kip"], changed(SMALL, adv_kip__learning_rate=0.5), splits, digits, tmp_path)
     with pytest.raises(ValueError, match="of different names, got 'adv-kip' twice"):
         sets.load(["adv-kip", str(tmp_path / "adv-kip.npz")], SMALL, splits, digits, tmp_path)
+
+
+def test_files_that_are_right_are_not_written_again(digits, splits, tmp_path):
+    def times():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    def load(dataset=digits):
+        sets.load(["adv-kip"], SMALL, splits, dataset, tmp_path)
+        return times()
+
+    first = load()
+    assert set(first) == {"adv-kip.npz", "distillation-adv-kip.npz"}
+    assert load() == first
+    mended = digits._replace(x_test=digits.x_test**2)
+    (kept, written) = ("distillation-adv-kip.npz", "adv-kip.npz")
+    assert load(mended)[kept] == first[kept]
+    np.testing.assert_array_equal(data.read(tmp_path / written)[0]["x_test"], mended.x_test)
+    (tmp_path / written).write_bytes(b"damaged")
+    assert load()[written] != first[written]
+    (tmp_path / written).unlink()
+    assert set(load()) == set(first)
 
 
 def test_a_set_of_mended_data_is_made_again(digits, splits, tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import attacks, data, distill, gram, kernels, krr, solver
+from advkip import algorithm, attacks, data, distill, gram, kernels, krr, solver
 from tests.sections import changed, experiment
 
 DIAG_REG, PIXELS = 1e-6, 0.005
@@ -185,17 +185,17 @@ def test_resumed_in_a_factors_life_with_the_same_bits(
     """SystemExit stands for a kill: the run goes on from the last checkpoint."""
     splits = data.split(digits, RUN)
     whole = distill.distill(RUN, splits, progress=False)
-    target = distill.Run.target
+    target = algorithm.Run.target
 
     def cut_off(self, step):
         if step == stop:
             raise interruption
         return target(self, step)
 
-    monkeypatch.setattr(distill.Run, "target", cut_off)
+    monkeypatch.setattr(algorithm.Run, "target", cut_off)
     with pytest.raises(interruption):
         distill.distill(RUN, splits, checkpoint_dir=tmp_path, progress=False)
-    monkeypatch.setattr(distill.Run, "target", target)
+    monkeypatch.setattr(algorithm.Run, "target", target)
     resumed = distill.distill(RUN, splits, checkpoint_dir=tmp_path, progress=False)
     np.testing.assert_array_equal(resumed.x_support, whole.x_support)
     np.testing.assert_array_equal(resumed.y_support, whole.y_support)
@@ -213,7 +213,7 @@ def test_a_longer_run_goes_on_with_the_same_bits(digits, tmp_path):
 
 def test_a_state_can_be_advanced_twice(digits):
     """The live factor belongs to one state; for another it is made anew."""
-    run = distill.Run(RUN, data.split(digits, RUN), kernels.of(RUN.kernel), "adv-kip")
+    run = algorithm.Run(RUN, data.split(digits, RUN), kernels.of(RUN.kernel), "adv-kip")
     state = run.start(distill.initial_support(RUN, run.splits))
     states = [state]
     for _ in range(3):

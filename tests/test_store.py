@@ -76,7 +76,7 @@ def test_a_leaf_that_differs_is_named(tmp_path, change, message):
     ("about", "message"),
     [
         (ABOUT | {"seed": 1}, "got seed 0 instead of 1; delete"),
-        ({"seed": 0, "rates": [0.1, 0.2]}, "got kernel.name, which no longer exists"),
+        ({"seed": 0, "rates": [0.1, 0.2]}, "got kernel.name 'fc3' instead of none"),
         (ABOUT | {"norm": "l2"}, "got no norm"),
     ],
 )
