@@ -178,7 +178,7 @@ class Experiment(Section):
 
 FREE = (
     "name", "notebooks", "dataset.folder", "kernel.block_size", "adv_kip.checkpoint_every",
-    "kip.checkpoint_every",
+    "kip.checkpoint_every", "adv_kip.keep_every", "kip.keep_every",
 )  # fmt: skip
 """Settings that no result depends on."""
 

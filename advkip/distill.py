@@ -56,7 +56,8 @@ def distill(
       method: 'adv-kip' or 'kip'.
       kernel: see `kernels`; None means the experiment's.
       checkpoint_dir: folder of distillation-<method>.npz, or None. It is continued; it is written
-        every `checkpoint_every` steps, on interruption and at the end.
+        every `checkpoint_every` steps, on interruption and at the end. The supports of every
+        `keep_every` steps are left there, too, as <method>-<step>.npz.
       progress: shows a bar with loss, clean and robust validation accuracy.
 
     Raises:
@@ -92,7 +93,10 @@ def distill(
     ) as bar:  # fmt: skip
         try:
             while not (reason := run.finished(state)):
-                state = run.advance(state)
+                before, state = state.step, run.advance(state)
+                every = run.settings.keep_every
+                if path and every and state.step > before and state.step % every == 0:
+                    _keep(path.with_name(f"{method}-{state.step}.npz"), state, run)
                 bar.update(state.step - bar.n)
                 line = state.history[-1]
                 text = f"loss {line['loss']:.3f}, clean {line['clean']:.1%}, PGD {line['pgd']:.1%}"
@@ -129,7 +133,18 @@ def _result(state, initial, reason, about):
     return Distilled(*best, *initial, state.best_step, history, reason, about)
 
 
-def save(path, distilled: Distilled, experiment: Experiment, dataset: data.Dataset) -> None:
+def _keep(path, state, run):
+    """Writes the support of a state like a distilled set, with one test image for form."""
+    support = _result(
+        state._replace(best=state.support, best_step=state.step), (None, None), "", run.about
+    )
+    form = run.splits._replace(x_test=run.splits.x_test[:1], y_test=run.splits.y_test[:1])
+    save(path, support, run.experiment, form)
+
+
+def save(
+    path, distilled: Distilled, experiment: Experiment, dataset: data.Dataset | data.Splits
+) -> None:
     """Writes a distilled set as .npz, with its settings inside; `sets.from_path` reads it.
 
     x_train, y_train are distilled images and label vectors; x_test, y_test the data set's own.

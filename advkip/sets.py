@@ -8,6 +8,7 @@ a path            an .npz of `data`'s layout, as another experiment's adv-kip.np
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     """(name, `TrainingSet`) of an .npz, or of a folder with the published robust features.
 
     The name is 'adv-kip' or 'kip' for a file of `distill.save`, whose label vectors are kept as
-    they are; else the file's own, and integer labels become one-hot.
+    they are, with the step behind it for 'adv-kip-100.npz'; else the file's own, and integer labels
+    become one-hot.
 
     Args:
       path: the file or folder.
@@ -105,7 +107,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
         labels = data.one_hot(dataset.y_train, classes, center=center)
     method, kernel = _made_with(settings)
     parts = data.to_float(dataset.x_train), labels.astype("float32")
-    return method or path.stem, TrainingSet(*parts, kernel)
+    of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
+    return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 
 
 def _made_with(settings):

@@ -186,6 +186,8 @@ class Distillation(Section):
     """stop after this many steps without improvement; null: never"""
     checkpoint_every: Count = 50
     """outer steps between two checkpoints"""
+    keep_every: Count | None = None
+    """outer steps between two supports that stay, as <method>-<step>.npz; null: the best alone"""
 
     @property
     def may_differ(self) -> tuple[str, ...]:

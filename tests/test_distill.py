@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from advkip import algorithm, attacks, data, distill, kernels, krr
+from advkip import algorithm, attacks, data, distill, kernels, krr, sets
 from advkip.config import Experiment
 from tests.sections import changed, experiment
 
@@ -464,6 +464,30 @@ def test_saved_set_is_a_data_set_with_its_settings(digits, tmp_path):
         assert settings.pop("method") == "adv-kip"
         assert Experiment.from_params(settings) == e
         np.testing.assert_array_equal(file["y_train"], result.y_support)
+
+
+def test_supports_of_several_steps_stay(digits, tmp_path, monkeypatch):
+    """Those of an interrupted run are those of a whole one; `sets` gives each a name of its own."""
+    e = changed(SMALL, adv_kip__keep_every=2)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = run(e, digits, checkpoint_dir=whole)
+    run(changed(e, adv_kip__n_steps=3), digits, checkpoint_dir=parts)
+    run(e, digits, checkpoint_dir=parts)
+    names = sorted(path.name for path in whole.glob("adv-kip-*.npz"))
+    assert names == ["adv-kip-2.npz", "adv-kip-4.npz", "adv-kip-6.npz"]
+    for name in names:
+        of_step, again = (sets.from_path(folder / name) for folder in (whole, parts))
+        assert of_step[0] == name.removesuffix(".npz")
+        np.testing.assert_array_equal(of_step[1].x, again[1].x)
+        assert of_step[1].kernel == e.kernel
+    splits = data.split(digits, e)
+    run_ = algorithm.Run(e, splits, kernels.of(e.kernel), "adv-kip")
+    state = run_.start(distill.initial_support(e, splits))
+    for _ in range(2):
+        state = run_.advance(state)
+    kept = sets.from_path(whole / "adv-kip-2.npz")[1]
+    np.testing.assert_allclose(kept.x, state.support[0], rtol=1e-6)
+    assert result.step in (0, 2, 4, 6)
 
 
 def test_real_mnist_becomes_robust(shared_data):
