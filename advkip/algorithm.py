@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from advkip import attacks, data, gram, kernels, krr, optimizers, solver, store
+from advkip import attacks, data, gram, kernels, krr, optimizers, store
 from advkip.config import MACHINE
 
 DIVERGED = 100
@@ -86,9 +86,7 @@ class Run:
     def start(self, initial):
         support = tuple(jnp.asarray(a) for a in initial)
         states = tuple(o and o.init(a) for o, a in zip(self.optimizers, support, strict=True))
-        x, y = support
-        origin = krr.Origin(x, jnp.zeros_like(y), -1, 0, 0) if len(x) >= solver.KEPT else None
-        return State(0, support, states, support, 0, -1.0, (), 0.0, origin)
+        return State(0, support, states, support, 0, -1.0, (), 0.0, krr.no_origin(*support))
 
     def finished(self, state):
         """Why the run is over, or ''. The last step is only looked at: it has a history line."""

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import inputs, residuals, solver
+from advkip import inputs, krylov, residuals, solver
 from advkip.devices import CHOLESKY_DIRECT, even_size, everywhere, jit, over_rows, product
 from advkip.gram import add_rows, rows_from, rows_of_tile, square_tile
 
@@ -152,20 +152,31 @@ def refit(fitted, x_support, y_support) -> Fit:
 
 
 class Origin(NamedTuple):
-    """What the factor behind a `Fit` is made of again, bit for bit."""
+    """What the factor behind a `Fit` is made of again, bit for bit, and what else `refit` needs."""
 
     x: jax.Array  # the support whose factor it is, (S, ...)
     alpha: jax.Array  # the last solution, (S, C)
+    u: jax.Array  # see `krylov.Directions`, like the next
+    p: jax.Array
     age: int  # see `solver.System`, like the next two
     spent: int
     last: int
+
+
+def no_origin(x_support, y_support) -> Origin | None:
+    """Of a run that begins; None for supports that are too small to keep a factor."""
+    if len(x_support) < solver.KEPT:
+        return None
+    u, p, *_ = krylov.no_directions(len(x_support), x_support.dtype)
+    return Origin(x_support, jnp.zeros_like(y_support), u, p, -1, 0, 0)
 
 
 def origin(fitted, before) -> Origin:
     """The origin of a `Fit`, whose predecessor's was `before`."""
     system = fitted.system
     x = before.x if system.age > 0 else system.x
-    return Origin(x, fitted.machine.alpha, system.age, system.spent, system.last)
+    u, p, *_ = system.directions
+    return Origin(x, fitted.machine.alpha, u, p, system.age, system.spent, system.last)
 
 
 def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
@@ -174,12 +185,16 @@ def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
     Raises:
       FloatingPointError: as `fit`.
     """
-    x, alpha, *use = origin
     system = solver.factorise(
-        kernel, everywhere(x), diag_reg=diag_reg, block_size=block_size, keep=True
+        kernel, everywhere(origin.x), diag_reg=diag_reg, block_size=block_size, keep=True
     )
-    system = system._replace(**dict(zip(("age", "spent", "last"), use, strict=True)))
-    return Fit(KernelMachine(kernel, system.x, everywhere(alpha)), system)
+    directions = krylov.no_directions(len(origin.x), origin.u.dtype)._replace(
+        u=everywhere(origin.u), p=everywhere(origin.p)
+    )
+    system = system._replace(
+        age=origin.age, spent=origin.spent, last=origin.last, directions=directions
+    )
+    return Fit(KernelMachine(kernel, system.x, everywhere(origin.alpha)), system)
 
 
 def _checked(x_support, y_support):

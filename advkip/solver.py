@@ -1,23 +1,25 @@
 """Systems (K_SS + r I) X = B, in one array of S x S: by a factor of their own, or an earlier one.
 
 A support moves little between two outer steps, so the Cholesky factor L of an earlier K_SS + r I is
-a good preconditioner for the present one: conjugate gradients, all columns of B at once, reach in a
-few iterations the accuracy that a factorisation has in this precision. An iteration takes O(S^2 C)
-operations, a factorisation S^3 / 3. K_SS is symmetric and L triangular, so one array holds K_SS
-above its diagonal and L below, with the diagonal of K_SS apart.
+a good preconditioner for the present one: conjugate gradients (`krylov`), all columns of B at once,
+reach in a few iterations the accuracy that a factorisation has in this precision. An iteration
+takes O(S^2 C) operations, a factorisation S^3 / 3. K_SS is symmetric and L triangular, so one array
+holds K_SS above its diagonal and L below, with the diagonal of K_SS apart.
 
 What "the same accuracy" is, is measured: the backward error of the factor's own solution when it is
 made. Which step factorises depends on numbers of iterations alone, never on a clock, so that a run
 has the same bits each time.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advkip.devices import cholesky_in_place, cholesky_solve, everywhere, half_solve, product
+from advkip import krylov
+from advkip.devices import cholesky_in_place, cholesky_solve, everywhere, half_solve
 from advkip.gram import fill_gram, ridged_diagonal, set_diagonal, symmetric_product
 from advkip.kernel import Kernel
 
@@ -54,6 +56,7 @@ class System(NamedTuple):
     age: int = 0  # supports since the one whose L is; 0: this one's own; -1: not for another one
     spent: int = 0  # iterations for the supports before this one since then
     last: int = 0  # iterations for this one
+    directions: krylov.Directions | None = None  # of solves with this factor
 
 
 def factorise(kernel, x, *, diag_reg, block_size=0, keep=False, memory=None) -> System:
@@ -89,7 +92,9 @@ def factorise(kernel, x, *, diag_reg, block_size=0, keep=False, memory=None) -> 
     probes = everywhere(signs)
     solution = _solve_factor(factor, probes)
     error = _errors(system, probes - _product(system, solution), solution)
-    return system._replace(tolerance=ACCURACY * float(error.max()))
+    return system._replace(
+        tolerance=ACCURACY * float(error.max()), directions=krylov.no_directions(len(x), x.dtype)
+    )
 
 
 def _not_positive_definite(diag_reg, dtype) -> FloatingPointError:
@@ -115,10 +120,12 @@ def moved(system, x) -> System:
         return renewed(system._replace(x=x))
     packed = fill_gram(kernel, system.packed, x, triangle="upper", block_size=block_size)
     diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
-    return system._replace(
+    system = system._replace(
         x=x, ridge=ridge, packed=packed, diagonal=diagonal,
         age=system.age + 1, spent=system.spent + system.last, last=0,
     )  # fmt: skip
+    u, p, *_ = system.directions
+    return system._replace(directions=krylov.of_system(u, p, partial(_product, system)))
 
 
 def renewed(system) -> System:
@@ -158,9 +165,9 @@ def solve(system, b, start=None) -> tuple[jax.Array, System]:
       FloatingPointError: as `factorise`; the solution is not finite.
     """
     if system.age > 0:
-        found, iterations = _conjugate_gradients(system, b, start, _price(system))
+        found, system = _conjugate_gradients(system, b, start, _price(system))
         if found is not None:
-            return found, system._replace(last=system.last + iterations)
+            return found, system
         system = renewed(system)
     found = _solve_factor(system.packed, b)
     if not jnp.isfinite(found).all():
@@ -169,35 +176,15 @@ def solve(system, b, start=None) -> tuple[jax.Array, System]:
 
 
 def _conjugate_gradients(system, b, start, limit):
-    """X with the backward error `tolerance` in every column, or None, and the iterations.
-
-    Block conjugate gradients on L^-1 (K_SS + r I) L^-T, with the residual R = Q C by QR (Dubrulle
-    2001): all columns share one Krylov space, which takes a fifth to a third fewer iterations than
-    a space each. In float32 what is carried along loses touch with the true residual after some
-    four digits, so the true one decides, and the iteration starts again from it.
-    """
-    x = jnp.zeros_like(b) if start is None else start
-    r = b if start is None else b - _product(system, x)
-    iterations = 0
-    while iterations < limit:
-        q, c = _orthogonal(_solve_half(system.packed, r))
-        p, error = q, np.inf
-        while iterations < limit:
-            u = _solve_other_half(system.packed, p)
-            a_u = _product(system, u)
-            t = _solve_half(system.packed, a_u)
-            x, r, p, q, c = _step(x, r, p, q, c, u, a_u, t)
-            iterations += 1
-            before, error = error, float(_errors(system, r, x).max())
-            if not error > system.tolerance or error > before / 2:
-                break
-        r = b - _product(system, x)
-        error = float(_errors(system, r, x).max())
-        if error <= system.tolerance:
-            return x, iterations
-        if not np.isfinite(error):
-            break
-    return None, iterations
+    """X with the backward error `tolerance` in every column, or None, and the system."""
+    operator = krylov.Operator(
+        partial(_product, system), partial(_solve_half, system.packed),
+        partial(_solve_other_half, system.packed), partial(_errors, system),
+    )  # fmt: skip
+    found, iterations, directions = krylov.solve(
+        operator, b, start, tolerance=system.tolerance, limit=limit, directions=system.directions
+    )
+    return found, system._replace(last=system.last + iterations, directions=directions)
 
 
 def _product(system, v):
@@ -208,17 +195,6 @@ def _product(system, v):
 _solve_factor = jax.jit(cholesky_solve)
 _solve_half = jax.jit(lambda factor, b: half_solve(factor, b))
 _solve_other_half = jax.jit(lambda factor, b: half_solve(factor, b, transposed=True))
-_orthogonal = jax.jit(jnp.linalg.qr)
-
-
-@jax.jit
-def _step(x, r, p, q, c, u, a_u, t):
-    """One step along the directions L^-T P = U, with (K_SS + r I) U and T = L^-1 (K_SS + r I) U."""
-    inner = product(p.T, t)
-    length = jnp.linalg.solve(inner, c)
-    x, r = x + product(u, length), r - product(a_u, length)
-    q, new = jnp.linalg.qr(q - product(t, jnp.linalg.inv(inner)))
-    return x, r, q + product(p, new.T), q, product(new, c)
 
 
 def _ratio(a, b):

@@ -35,9 +35,10 @@ def iterations(monkeypatch):
     taken, solve = [], solver._conjugate_gradients
 
     def watched(*arguments):
-        found, n = solve(*arguments)
-        taken.append(n if found is not None else None)
-        return found, n
+        before = arguments[0].last
+        found, system = solve(*arguments)
+        taken.append(system.last - before if found is not None else None)
+        return found, system
 
     monkeypatch.setattr(solver, "_conjugate_gradients", watched)
     return taken
