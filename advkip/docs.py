@@ -24,7 +24,7 @@ PAGES = {
 
 LAYERS = {
     "ground": "checked settings config grid files store progress inputs devices",
-    "engine": "kernel tiled convolutional kernels gram krr attacks compat",
+    "engine": "kernel tiled stencil convolutional kernels gram krr attacks compat",
     "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
     "sets": "data distill features sets",
     "judgement": "models evaluate verdict questions diagnose",
