@@ -24,7 +24,8 @@ PAGES = {
 
 LAYERS = {
     "ground": "checked settings config grid files store progress inputs devices",
-    "engine": "kernel tiled kernels gram krylov solver residuals krr attacks compat",
+    "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr attacks "
+    "compat",
     "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
     "sets": "data optimizers algorithm distill features sets",
     "judgement": "models evaluate verdict questions diagnose",

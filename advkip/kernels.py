@@ -4,7 +4,7 @@ Three kinds of `kernel.Kernel`:
 
 - `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
   derivatives come out of one pass over the layer recursion.
-- `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `tiled`).
+- `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `convolutional`).
 - `Stax`: any `neural_tangents.stax` network, differentiated by JAX (see `tiled`).
 """
 
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advkip import compat, settings
+from advkip.convolutional import Convolutional
 from advkip.devices import MANTISSA_BITS, product, rounded_product
 from advkip.kernel import Kernel, as_floats
 from advkip.tiled import (
-    Convolutional,
     Stax,
     arccos,
     check_architecture,

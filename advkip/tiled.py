@@ -1,8 +1,7 @@
-"""Kernels whose pairs of images are costly: evaluated a tile of pairs at a time.
+"""Any network of `neural_tangents.stax`: evaluated a tile of pairs of images at a time.
 
-`Convolutional` is our own, for the paper's convolutional kernels; `Stax` takes any network of
-`neural_tangents.stax`. Both are differentiated
-by JAX inside a tile only, which bounds the memory whatever the number of images.
+It is differentiated by JAX inside a tile only, which bounds the memory whatever the number of
+images. Below are the functions that the recursions of our own kernels share.
 """
 
 import abc
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advkip.devices import product, tile_floats
 from advkip.kernel import Kernel, as_floats
 
 
@@ -111,158 +109,6 @@ class Stax(Tiled):
     def _tile(self, a, b):
         with jax.default_matmul_precision("highest"):
             return self.kernel_fn(a, b, "ntk").astype(a.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Convolutional(Tiled):
-    """NTK of an infinitely wide net of 3x3 convolutions with ReLU (Arora et al. 2019).
-
-    `depth` convolutions with SAME zero padding, each followed by ReLU, then flatten and a linear
-    layer, no pooling. Without pooling only equal positions of the two images meet, so a pair has
-    one sigma and one theta for each pixel:
-
-        sigma_0 = <x, s> / channels,  theta_0 = 0
-        convolution:  sigma <- W_std^2 box(sigma) + b_std^2,  theta <- sigma + W_std^2 box(theta)
-        ReLU:         sigma <- r kappa_1(c) / 2,              theta <- theta kappa_0(c) / 2
-        linear:       k = W_std^2 mean(sigma + theta) + b_std^2
-
-    with the mean over 3x3 pixels as box, and c, r, kappa_0, kappa_1 as in
-    `kernels.FullyConnected`. This equals `neural_tangents.stax` with `parameterization='ntk'`.
-
-    Args:
-      depth: number of convolutions, 1 or more.
-      W_std, b_std: standard deviations of weights (> 0) and biases (>= 0).
-    """
-
-    depth: int
-    W_std: float = math.sqrt(2)
-    b_std: float = 0.1
-
-    def __post_init__(self):
-        check_architecture(self.depth, self.W_std, self.b_std)
-
-    def diagonal(self, x) -> jax.Array:
-        """k(x_i, x_i), shape (n,): linear in the squares of x_i, exact where arccos rounds."""
-        sigma = self._convolve(_pixels_first(as_floats(x) ** 2).mean(2))
-        theta = sigma
-        for _ in range(self.depth - 1):
-            sigma, theta = self._convolve(sigma / 2), theta / 2
-            theta = sigma + self.W_std**2 * _box(theta)
-        return self.W_std**2 * (sigma + theta).mean((0, 1)) / 2 + self.b_std**2
-
-    def _tile_shape(self, x):
-        # 64 columns keep vector units busy; on CPUs four rows of them fit the caches.
-        columns = 64
-        floats_per_pair = 20 * x.shape[1] * x.shape[2]
-        return max(1, min(len(x), tile_floats() // (columns * floats_per_pair))), columns
-
-    def _convolve(self, sigma):
-        return self.W_std**2 * _box(sigma) + self.b_std**2
-
-    def _tile(self, a, b):
-        """Arrays are (H, W, n, m): pixels in front, so that a loop over pairs is contiguous."""
-        x, s = _pixels_first(a)[..., :, None], _pixels_first(b)[..., None, :]
-        # One array after the other is finished: XLA would recompute a box for each use of it.
-        done = jax.lax.optimization_barrier
-        sigma = done(self._convolve(_inner_products(x, s)))
-        p, q = (done(self._convolve((v**2).mean(2))) for v in (x, s))
-        theta = sigma
-        for layer in range(self.depth):
-            if layer:
-                sigma, p, q = (done(self._convolve(v)) for v in (sigma, p, q))
-                theta = done(sigma + self.W_std**2 * _box(theta))
-            sigma, theta = _relu(sigma, theta, p, q)
-            p, q = p / 2, q / 2
-        mean = done((sigma + theta).mean(1)).mean(0)  # in two stages, which rounds less
-        return self.W_std**2 * mean + self.b_std**2
-
-
-def _pixels_first(x):
-    """(n, H, W, C) to (H, W, C, n)."""
-    return jnp.moveaxis(x, 0, -1)
-
-
-@jax.custom_vjp
-def _box(a):
-    """Mean over 3x3 pixels of (H, W, ...), zeros outside; it is its own transpose."""
-    height, width = a.shape[:2]
-    a = jnp.zeros((height + 2, width + 2, *a.shape[2:]), a.dtype).at[1:-1, 1:-1].set(a)
-    a = a[:-2] + a[1:-1] + a[2:]
-    return (a[:, :-2] + a[:, 1:-1] + a[:, 2:]) / 9
-
-
-_box.defvjp(lambda a: (_box(a), None), lambda _, g: (_box(g),))
-
-
-@jax.custom_vjp
-def _relu(sigma, theta, p, q):
-    """r kappa_1(c) / 2 and theta kappa_0(c) / 2 of sigma, theta (H, W, n, m), p (H, W, n, 1) and
-    q (H, W, 1, m); the derivatives are exact and finite where c = 1 (see `kernels`)."""
-    return _relu_forward(sigma, theta, p, q)[0]
-
-
-def _relu_forward(sigma, theta, p, q):
-    c, square = _correlation(sigma, p, q)
-    sine = jnp.sqrt(square)
-    k0 = jax.lax.optimization_barrier(0.5 - angle(c, sine) / (2 * math.pi))
-    root_p, root_q = jax.lax.optimization_barrier((jnp.sqrt(p), jnp.sqrt(q)))
-    k1 = root_p * root_q * sine / (2 * math.pi) + sigma * k0
-    return (k1, theta * k0), (sigma, theta, p, q, k0)
-
-
-def _relu_backward(residuals, g):
-    """With s = sqrt(1 - c^2): d kappa_1 / dc = kappa_0, d kappa_0 / dc = 1 / (pi s); and
-    d(r kappa_1) / dp = r s / (2 pi p), dc / dp = -c / (2 p)."""
-    sigma, theta, p, q, k0 = residuals
-    g_sigma, g_theta = g
-    roots = jnp.sqrt(p), jnp.sqrt(q), jnp.sqrt(inverse(p)), jnp.sqrt(inverse(q))
-    root_p, root_q, over_p, over_q = jax.lax.optimization_barrier(roots)
-    c, square = _correlation(sigma, p, q)
-    sine = jnp.sqrt(square)
-    to_c = g_theta * theta * sine / (2 * math.pi * jnp.maximum(square, cusp_width(c.dtype)))
-    to_log = g_sigma * sine * (root_p * root_q) / (4 * math.pi) - to_c * c / 2
-    return (
-        g_sigma * k0 + to_c * (over_p * over_q),
-        g_theta * k0,
-        _sum_pairs(to_log) * inverse(p),
-        to_log.sum(2, keepdims=True) * inverse(q),
-    )
-
-
-_relu.defvjp(_relu_forward, _relu_backward)
-
-
-def _sum_pairs(a):
-    """Sum over the last axis, kept: as a product with ones, which CPUs do in vector units."""
-    return product(a, jnp.ones((a.shape[-1], 1), a.dtype))
-
-
-@jax.custom_vjp
-def _inner_products(x, s):
-    """<x, s> / channels at each pixel: (H, W, C, n, 1) and (H, W, C, 1, m) to (H, W, n, m)."""
-    return (x * s).mean(2)
-
-
-def _inner_products_backward(residuals, g):
-    x, s = residuals
-    to_x = jnp.stack([_sum_pairs(g * s[:, :, c]) for c in range(s.shape[2])], 2)
-    return to_x / s.shape[2], (g[:, :, None] * x).sum(3, keepdims=True) / s.shape[2]
-
-
-_inner_products.defvjp(lambda x, s: (_inner_products(x, s), (x, s)), _inner_products_backward)
-
-
-def _correlation(sigma, p, q):
-    """c and 1 - c^2 = (p q - sigma^2) / (p q), which loses less near c = 1 than 1 - c would.
-
-    Where p or q is 0, so is sigma; with 1 in their place c = 0, the mean over all directions.
-    """
-    p, q = (jnp.where(v > 0, v, 1) for v in (p, q))
-    # There are few p and q; without this, XLA would divide again for each pair.
-    p, q, over_p, over_q = jax.lax.optimization_barrier((p, q, 1 / p, 1 / q))
-    root_p, root_q = jax.lax.optimization_barrier((jnp.sqrt(over_p), jnp.sqrt(over_q)))
-    square = jnp.clip((p * q - sigma * sigma) * (over_p * over_q), 0.0, 1.0)
-    return jnp.clip(sigma * (root_p * root_q), -1.0, 1.0), square
 
 
 def cusp_width(dtype) -> float:

@@ -253,9 +253,9 @@ def short_run():
     return {f"robust_accuracy_{name}": round(value, 4) for name, value in accuracies.items()}
 
 
-def convolutional():
+def convolutional(name):
     """Microseconds a pair of value and input gradient, (ours, reference), peaks and errors."""
-    x_s, _, x_t, _ = images(512, 64, "mnist")
+    x_s, _, x_t, _ = images(512, 64, name)
     both = {
         "ours": kernels.by_name("conv3"),
         "reference": kernels.Stax(stax_networks.convolutional(3), tile=16),
@@ -333,20 +333,23 @@ def standard():
             "residual": found[3],
         }
         rows.append(row(work, found, agreement))
-    times, peak, errors = sorted(
-        (alone(convolutional) for _ in range(3)), key=lambda c: c[0]["reference"] / c[0]["ours"]
-    )[1]
     kept, own = (alone(outer_steps, MNIST, 20, 5e-3, keep) for keep in (True, False))
     rows.append(kept_row(MNIST, kept, 20, 5e-3, own))
-    rows.append({
-        "work": "conv3, 28x28, float32: value and input gradient, microseconds a pair of images",
-        "reference_s": round(times["reference"] * 1e-6, 8),
-        "ours_s": round(times["ours"] * 1e-6, 8),
-        "ratio": round(times["reference"] / times["ours"], 2),
-        "floor_fraction": None,
-        "peak_gb": round(peak, 3),
-        "agreement": errors,
-    })  # fmt: skip
+    for shape, name in (("28x28", "mnist"), ("32x32x3", "cifar10")):
+        times, peak, errors = sorted(
+            (alone(convolutional, name) for _ in range(3)),
+            key=lambda c: c[0]["reference"] / c[0]["ours"],
+        )[1]
+        rows.append({
+            "work": f"conv3, {shape}, float32: value and input gradient, microseconds a pair of "
+            "images",
+            "reference_s": round(times["reference"] * 1e-6, 8),
+            "ours_s": round(times["ours"] * 1e-6, 8),
+            "ratio": round(times["reference"] / times["ours"], 2),
+            "floor_fraction": None,
+            "peak_gb": round(peak, 3),
+            "agreement": errors,
+        })  # fmt: skip
     return rows
 
 

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import attacks, compat, data, distill, evaluate, kernel, kernels, krr, tiled
+from advkip import (
+    attacks,
+    compat,
+    convolutional,
+    data,
+    distill,
+    evaluate,
+    kernel,
+    kernels,
+    krr,
+    tiled,
+)
 from tests.sections import experiment
 from tests.stax_networks import convolutional as stax_conv
 from tests.stax_networks import fully_connected as stax_fc
@@ -188,6 +199,72 @@ def test_convolutional_float32_is_as_good_as_neural_tangents(rng):
         assert a.dtype == b.dtype == "float32"
         error = [np.linalg.norm(np.asarray(v, "float64") - np.asarray(c)) for v in (a, b)]
         assert error[0] <= 1.5 * error[1]  # both are the last bit: 1e-7 of the value
+
+
+def plain_convolutional(x, s, depth, W_std, b_std):
+    """The recursion of `Convolutional` as it stands there, for JAX to differentiate."""
+
+    def convolve(a):
+        a = jnp.pad(a, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        a = a[:, :, :-2] + a[:, :, 1:-1] + a[:, :, 2:]
+        return W_std**2 / 9 * (a[..., :-2] + a[..., 1:-1] + a[..., 2:])
+
+    sigma = (x[:, None] * s[None]).mean(-1)
+    p, q, theta = (x**2).mean(-1)[:, None], (s**2).mean(-1)[None], 0 * sigma
+    for _ in range(depth):
+        sigma, p, q = (convolve(a) + b_std**2 for a in (sigma, p, q))
+        theta = sigma + convolve(theta)
+        r = jnp.sqrt(p * q)
+        angle = jnp.arccos(sigma / r)
+        sigma = (r * jnp.sin(angle) + (np.pi - angle) * sigma) / (2 * np.pi)
+        theta, p, q = theta * (1 - angle / np.pi) / 2, p / 2, q / 2
+    return W_std**2 * (sigma + theta).mean((2, 3)) + b_std**2
+
+
+@pytest.mark.parametrize(
+    ("depth", "n", "m", "shape"),
+    [(1, 3, 5, (3, 7, 1)), (2, 2, 70, (6, 4, 3)), (3, 33, 2, (5, 5, 1)), (5, 2, 3, (4, 6, 2))],
+)
+def test_the_reverse_pass_equals_autodiff(rng, depth, n, m, shape):
+    x, s = (jnp.asarray(rng.normal(size=(k, *shape))) for k in (n, m))
+    w, variances = jnp.asarray(rng.normal(size=(n, m))), (1.3, 0.2)
+    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, depth, *variances), x, s)
+    kernel = convolutional.Convolutional(depth, *variances)
+    k, pullback = jax.jit(lambda x, s: kernel.value_and_pullback(x, s))(x, s)
+    np.testing.assert_allclose(k, expected, rtol=1e-11)
+    for ours, theirs in zip(jax.jit(pullback)(w), pull(w), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(("chains", "floats"), [(1, 10**6), (2, 2000)])
+def test_tiles_and_blocks_never_change_the_result(rng, monkeypatch, chains, floats):
+    x, s = (jnp.asarray(rng.normal(size=(n, 4, 3, 1))) for n in (2, 150))
+    w = jnp.asarray(rng.normal(size=(2, 150)))
+    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1), x, s)
+    monkeypatch.setattr(convolutional, "CPU_CHAINS", chains)
+    monkeypatch.setattr(convolutional, "CPU_SMALL", 0)
+    monkeypatch.setattr(convolutional.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(convolutional, "CPU_ELEMENTS", 12 * 16 * 2)
+    monkeypatch.setattr(convolutional, "tile_floats", lambda: floats)
+    kernel = convolutional.Convolutional(2, 1.0, 0.1)
+    k, pullback = kernel.value_and_pullback(x, s)
+    np.testing.assert_allclose(k, expected, rtol=1e-11)
+    for ours, theirs in zip(pullback(w), pull(w), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def test_black_patches_lose_no_digit(rng):
+    """Where both images are black c = 1: p, q and sigma must be equal to the last bit."""
+    x, s = (images(rng, n, "float32", (12, 12, 1)).at[:, 2:].set(0) for n in (3, 20))
+    kernel = kernels.by_name("conv3")
+    exact = kernel(x.astype("float64"), s.astype("float64"))
+    np.testing.assert_allclose(kernel(x, s), exact, rtol=4e-7)
+    kernel = kernels.by_name("conv3", b_std=0.0)
+    s = jnp.concatenate([0 * x[:1], x])
+    k, pullback = kernel.value_and_pullback(s, s)
+    assert (k[0] == 0).all()
+    assert jnp.isfinite(k).all()
+    assert all(jnp.isfinite(part).all() for part in pullback(jnp.ones_like(k)))
 
 
 def test_any_stax_network(rng):
