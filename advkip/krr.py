@@ -156,8 +156,7 @@ class Origin(NamedTuple):
 
     x: jax.Array  # the support whose factor it is, (S, ...)
     alpha: jax.Array  # the last solution, (S, C)
-    u: jax.Array  # see `krylov.Directions`, like the next
-    p: jax.Array
+    p: jax.Array  # see `krylov.Directions`
     age: int  # see `solver.System`, like the next two
     spent: int
     last: int
@@ -167,16 +166,16 @@ def no_origin(x_support, y_support) -> Origin | None:
     """Of a run that begins; None for supports that are too small to keep a factor."""
     if len(x_support) < solver.KEPT:
         return None
-    u, p, *_ = krylov.no_directions(len(x_support), x_support.dtype)
-    return Origin(x_support, jnp.zeros_like(y_support), u, p, -1, 0, 0)
+    p = krylov.no_directions(len(x_support), x_support.dtype).p
+    return Origin(x_support, jnp.zeros_like(y_support), p, -1, 0, 0)
 
 
 def origin(fitted, before) -> Origin:
     """The origin of a `Fit`, whose predecessor's was `before`."""
     system = fitted.system
     x = before.x if system.age > 0 else system.x
-    u, p, *_ = system.directions
-    return Origin(x, fitted.machine.alpha, u, p, system.age, system.spent, system.last)
+    use = system.age, system.spent, system.last
+    return Origin(x, fitted.machine.alpha, system.directions.p, *use)
 
 
 def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
@@ -188,8 +187,8 @@ def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
     system = solver.factorise(
         kernel, everywhere(origin.x), diag_reg=diag_reg, block_size=block_size, keep=True
     )
-    directions = krylov.no_directions(len(origin.x), origin.u.dtype)._replace(
-        u=everywhere(origin.u), p=everywhere(origin.p)
+    directions = krylov.no_directions(len(origin.x), origin.p.dtype)._replace(
+        p=everywhere(origin.p)
     )
     system = system._replace(
         age=origin.age, spent=origin.spent, last=origin.last, directions=directions

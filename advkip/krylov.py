@@ -1,10 +1,13 @@
-"""Block conjugate gradients that leave out the directions of earlier, similar systems.
+"""Block conjugate gradients with a preconditioner that learns from each solve.
 
 Systems A X = B with several right-hand sides, a positive definite A, and a preconditioner M = L L^T
-near it. What slows conjugate gradients down are the few directions in which A and M differ most,
-and from one support to the next they hardly change. So each solve keeps its directions, and the
-next one starts from the solution in their span and stays A-orthogonal to them (deflation; Saad et
-al. 2000): half the iterations remain.
+near it. What slows conjugate gradients down are the few directions P in which L^-1 A L^-T differs
+most from 1, and from one system to the next they hardly change. Each solve finds them, as Ritz
+vectors with values theta, and the next one has
+
+    M^-1 = L^-T E E L^-1,   E = I + P (theta^-1/2 - 1) P^T,
+
+which maps them to about 1 (a spectral preconditioner; Giraud and Gratton 2006).
 """
 
 from collections.abc import Callable
@@ -17,12 +20,11 @@ import numpy as np
 from advkip.devices import everywhere, product
 
 RECYCLED = 80
-"""Directions that are kept. Another (S, C) of them cost a tenth of an iteration in the next system
-and save less, from here on."""
+"""Directions that are kept."""
 
-
-DRIFT = 2e-4
-"""Reduction of the residual from which on it may be rounding alone."""
+DRIFT, SLOW = 2e-4, 6
+"""Reduction of the residual from which on it may be rounding alone; iterations in which it falls by
+half at least, or is looked at."""
 
 
 class Operator(NamedTuple):
@@ -35,25 +37,23 @@ class Operator(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """Directions U of earlier solves, with columns of zeros where there are fewer."""
+    """P and theta; where there are fewer, columns of zeros with ones."""
 
-    u: jax.Array  # (S, m)
-    p: jax.Array  # L^T U, (S, m)
-    a_u: jax.Array  # A U, (S, m)
-    inverse: jax.Array  # pseudo-inverse of U^T A U, (m, m)
+    p: jax.Array  # (S, m)
+    theta: jax.Array  # (m,)
+    images: jax.Array  # L^-1 A L^-T P, (S, m)
 
 
 def no_directions(n, dtype) -> Directions:
-    """For the first solve of a system of n rows."""
+    """For the first solve with a factor of n rows."""
     zeros = everywhere(np.zeros((n, RECYCLED), dtype))
-    return Directions(zeros, zeros, zeros, everywhere(np.zeros((RECYCLED, RECYCLED), dtype)))
+    return Directions(zeros, everywhere(np.ones(RECYCLED, dtype)), zeros)
 
 
-def of_system(u, p, multiply) -> Directions:
-    """Directions of an earlier system, for the present one."""
-    a_u = multiply(u)
-    inverse = np.linalg.pinv(np.asarray(_inner(u, a_u), "float64"), rcond=1e-6, hermitian=True)
-    return Directions(u, p, a_u, everywhere(inverse.astype(u.dtype)))
+def renewed(p, operator) -> Directions:
+    """The directions P (S, m) of an earlier A with the same L, for the present one."""
+    images = operator.half(operator.multiply(operator.other_half(p)))
+    return _chosen(p, images)
 
 
 def solve(
@@ -61,10 +61,10 @@ def solve(
 ) -> tuple[jax.Array | None, int, Directions]:
     """X, the iterations, and the directions for the next solve.
 
-    The residual R = Q C of L^-1 A L^-T is carried by its QR decomposition (Dubrulle 2001), so that
-    columns of B may depend on each other. In float32 what is carried along loses touch with the
-    true residual after some four digits, so the true one decides, and the iteration starts again
-    from it.
+    The residual is carried as L^-1 R = Q C by its QR decomposition (Dubrulle 2001), so that columns
+    of B may depend on each other. In float32 what is carried along loses touch with the true
+    residual after some four digits, so the true one decides, and the iteration starts again from
+    it, as long as that helps.
 
     Args:
       operator: an `Operator`.
@@ -76,88 +76,77 @@ def solve(
     """
     x = jnp.zeros_like(b) if start is None else start
     r = b if start is None else b - operator.multiply(x)
-    iterations, taken = 0, []
+    iterations, taken, best = 0, [], np.inf
     while iterations < limit:
-        x, r = _project(x, r, directions)
-        q, c = _orthogonal(operator.half(r))
-        u, p = _deflated(operator.other_half(q), q, directions)
-        first = error = float(operator.error(r, x).max())
+        q, c = _orthogonal(_corrected(directions, operator.half(r)))
+        d, errors = q, [float(operator.error(r, x).max())]
         while iterations < limit:
+            e = _corrected(directions, d)
+            u = operator.other_half(e)
             a_u = operator.multiply(u)
-            taken.append((u, p, a_u))
             x, r, inner = _step(x, r, c, u, a_u)
             iterations += 1
-            before, error = error, float(operator.error(r, x).max())
-            lost = error < DRIFT * first and error > before / 2
-            if lost or not error > tolerance:
+            t = operator.half(a_u)
+            taken.append((e, t))
+            errors.append(float(operator.error(r, x).max()))
+            if not errors[-1] > tolerance or _stagnates(errors):
                 break
-            q, c, new = _next_residual(q, c, operator.half(a_u), inner)
-            u, p = _next_direction(operator.other_half(q), q, u, p, new, directions)
+            q, c, d = _next(q, c, d, _corrected(directions, t), inner)
         r = b - operator.multiply(x)
         error = float(operator.error(r, x).max())
         if error <= tolerance:
-            return x, iterations, _chosen(directions, taken)
-        if not np.isfinite(error):
+            old = directions.p, directions.images
+            return (
+                x,
+                iterations,
+                _chosen(*(jnp.concatenate(parts, 1) for parts in zip(old, *taken, strict=True))),
+            )
+        if not error < best / 2:  # no better than from the last true residual, or not finite
             break
+        best = error
     return None, iterations, directions
 
 
-def _inner(a, b):
-    return product(a.T, b)
+def _stagnates(errors):
+    """Whether what is carried along has nothing more to say."""
+    within = errors[-1] < DRIFT * errors[0] and errors[-1] > errors[-2] / 2
+    return within or (len(errors) > SLOW and errors[-1] > errors[-1 - SLOW] / 2)
 
 
 _orthogonal = jax.jit(jnp.linalg.qr)
 
 
 @jax.jit
-def _project(x, r, directions):
-    """X and its residual with the error's part in the span of the directions taken out."""
-    u, _, a_u, inverse = directions
-    length = product(inverse, _inner(u, r))
-    return x + product(u, length), r - product(a_u, length)
-
-
-@jax.jit
-def _deflated(u, p, directions):
-    """A-orthogonal to the directions: U, and P = L^T U."""
-    length = product(directions.inverse, _inner(directions.a_u, u))
-    return u - product(directions.u, length), p - product(directions.p, length)
+def _corrected(directions, v):
+    """E v."""
+    p, theta, _ = directions
+    return v + product(p, (theta**-0.5 - 1)[:, None] * product(p.T, v))
 
 
 @jax.jit
 def _step(x, r, c, u, a_u):
-    inner = _inner(u, a_u)
+    inner = product(u.T, a_u)
     length = jnp.linalg.solve(inner, c)
     return x + product(u, length), r - product(a_u, length), inner
 
 
 @jax.jit
-def _next_residual(q, c, t, inner):
+def _next(q, c, d, t, inner):
     q, new = jnp.linalg.qr(q - product(t, jnp.linalg.inv(inner)))
-    return q, product(new, c), new
+    return q, product(new, c), q + product(d, new.T)
 
 
-@jax.jit
-def _next_direction(u_q, q, u, p, new, directions):
-    u_q, p_q = _deflated(u_q, q, directions)
-    return u_q + product(u, new.T), p_q + product(p, new.T)
-
-
-def _chosen(directions, taken):
-    """The RECYCLED Ritz vectors of M^-1 A, of old and new directions, farthest from 1."""
-    blocks = [directions[:3], *taken]
-    u, p, a_u = (jnp.concatenate(parts, 1) for parts in zip(*blocks, strict=True))
-    of_a, of_m = (np.asarray(_inner(*pair), "float64") for pair in ((u, a_u), (p, p)))
-    weights, basis = np.linalg.eigh(of_m)
+def _chosen(basis, images):
+    """The Ritz vectors of L^-1 A L^-T farthest from 1 in a space, with its image."""
+    of_one, of_a = (np.asarray(product(basis.T, v), "float64") for v in (basis, images))
+    weights, vectors = np.linalg.eigh(of_one)
     kept = weights > 1e-4 * weights.max()  # float32 knows no others
-    basis = basis[:, kept] / np.sqrt(weights[kept])
-    ritz, vectors = np.linalg.eigh(basis.T @ of_a @ basis)
-    order = np.argsort(-np.abs(np.log(np.maximum(ritz, 1e-12))), kind="stable")[:RECYCLED]
-    mix = np.zeros((len(of_a), RECYCLED))
-    mix[:, : len(order)] = basis @ vectors[:, order]
-    mix = everywhere(mix.astype(u.dtype))
-    inverse = np.zeros((RECYCLED, RECYCLED))
-    np.fill_diagonal(inverse[: len(order)], 1 / ritz[order])
-    return Directions(
-        product(u, mix), product(p, mix), product(a_u, mix), everywhere(inverse.astype(u.dtype))
-    )
+    whiten = vectors[:, kept] / np.sqrt(weights[kept])
+    ritz, vectors = np.linalg.eigh(whiten.T @ ((of_a + of_a.T) / 2) @ whiten)
+    far = np.abs(np.log(np.maximum(ritz, 1e-30)))
+    order = np.argsort(np.where(ritz > 0, -far, np.inf), kind="stable")[:RECYCLED]
+    order = order[ritz[order] > 0]
+    mix, theta = np.zeros((len(of_a), RECYCLED)), np.ones(RECYCLED)
+    mix[:, : len(order)], theta[: len(order)] = whiten @ vectors[:, order], ritz[order]
+    mix, theta = (everywhere(a.astype(basis.dtype)) for a in (mix, theta))
+    return Directions(product(basis, mix), theta, product(images, mix))

@@ -124,8 +124,9 @@ def moved(system, x) -> System:
         x=x, ridge=ridge, packed=packed, diagonal=diagonal,
         age=system.age + 1, spent=system.spent + system.last, last=0,
     )  # fmt: skip
-    u, p, *_ = system.directions
-    return system._replace(directions=krylov.of_system(u, p, partial(_product, system)))
+    if system.age == 1:  # nothing was solved with this factor yet
+        return system
+    return system._replace(directions=krylov.renewed(system.directions.p, _operator(system)))
 
 
 def renewed(system) -> System:
@@ -177,14 +178,22 @@ def solve(system, b, start=None) -> tuple[jax.Array, System]:
 
 def _conjugate_gradients(system, b, start, limit):
     """X with the backward error `tolerance` in every column, or None, and the system."""
-    operator = krylov.Operator(
+    found, iterations, directions = krylov.solve(
+        _operator(system),
+        b,
+        start,
+        tolerance=system.tolerance,
+        limit=limit,
+        directions=system.directions,
+    )
+    return found, system._replace(last=system.last + iterations, directions=directions)
+
+
+def _operator(system):
+    return krylov.Operator(
         partial(_product, system), partial(_solve_half, system.packed),
         partial(_solve_other_half, system.packed), partial(_errors, system),
     )  # fmt: skip
-    found, iterations, directions = krylov.solve(
-        operator, b, start, tolerance=system.tolerance, limit=limit, directions=system.directions
-    )
-    return found, system._replace(last=system.last + iterations, directions=directions)
 
 
 def _product(system, v):
