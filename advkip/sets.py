@@ -111,6 +111,31 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 
 
+def sample(path, to, *, per_class: int) -> None:
+    """Writes the first images of each class of a distilled set, in float16, as a set of its own.
+
+    A set of the paper's size is too large to pass on; a sample of it trains networks. (A kernel
+    machine wants the whole: its labels were learned together.)
+
+    Raises:
+      ValueError: as `data.from_npz`, no distilled set, or fewer images of a class.
+    """
+    arrays, settings = data.read(files.find(path))
+    if not settings:
+        raise ValueError(f"expected a file of distill.save, got {path}; pass an adv-kip.npz")
+    classes = arrays["y_train"].argmax(1)
+    index = [np.flatnonzero(classes == c)[:per_class] for c in range(arrays["y_train"].shape[1])]
+    if (fewest := min(map(len, index))) < per_class:
+        raise ValueError(f"expected {per_class} images a class, got {fewest}; pass that or fewer")
+    chosen = np.sort(np.concatenate(index))
+    parts = {key: arrays[f"{key}_train"][chosen].astype("float16") for key in ("x", "y")}
+    with files.replacing(to) as file:
+        np.savez(
+            file, x_train=parts["x"], y_train=parts["y"], x_test=arrays["x_test"][:1],
+            y_test=arrays["y_test"][:1], experiment=settings,
+        )  # fmt: skip
+
+
 def _made_with(settings):
     """(method, kernel) of a file of `distill.save`, also of the flat settings before sections."""
     try:

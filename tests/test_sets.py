@@ -188,3 +188,26 @@ def test_a_folder_of_published_robust_features(digits, splits, tmp_path):
     found = sets.load([str(tmp_path)], SMALL, splits, digits, tmp_path)
     assert list(found) == [sets.ROBUST_FEATURES]
     np.testing.assert_allclose(found[sets.ROBUST_FEATURES].x, splits.x_pool[:40], atol=1e-6)
+
+
+def test_a_sample_of_a_set_is_a_set(digits, splits, tmp_path):
+    e = changed(SMALL, support__n_support=60)
+    result = distill.distill(e, data.split(digits, e), progress=False)
+    distill.save(tmp_path / "adv-kip.npz", result, e, digits)
+    sets.sample(tmp_path / "adv-kip.npz", tmp_path / "sample.npz", per_class=3)
+    name, small = sets.from_path(tmp_path / "sample.npz")
+    assert name == "adv-kip"
+    assert small.kernel == e.kernel
+    classes = small.y.argmax(1)
+    assert np.bincount(classes).tolist() == [3] * 10
+    for x, y in zip(small.x, small.y, strict=True):
+        distances = np.abs(result.x_support - x).max((1, 2, 3))
+        nearest = distances.argmin()
+        assert distances[nearest] < 1e-3  # float16
+        np.testing.assert_allclose(y, result.y_support[nearest], atol=1e-3)
+    with pytest.raises(ValueError, match="expected 60 images a class, got"):
+        sets.sample(tmp_path / "adv-kip.npz", tmp_path / "s.npz", per_class=60)
+    np.savez(tmp_path / "plain.npz", x_train=digits.x_train, y_train=digits.y_train,
+             x_test=digits.x_test, y_test=digits.y_test)  # fmt: skip
+    with pytest.raises(ValueError, match="expected a file of distill.save, got"):
+        sets.sample(tmp_path / "plain.npz", tmp_path / "s.npz", per_class=3)
