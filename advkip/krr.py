@@ -185,10 +185,7 @@ def origin(fitted, before) -> Origin:
 
 
 def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
-    """A `Fit` from which `refit` goes on as from the one that had this origin.
-
-    Raises FloatingPointError as `fit`.
-    """
+    """A `Fit` from which `refit` goes on as from the one of this origin; raises as `fit`."""
     system = solver.factorise(
         kernel, everywhere(origin.x), diag_reg=diag_reg, block_size=block_size, keep=True
     )
