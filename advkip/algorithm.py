@@ -133,11 +133,12 @@ class Run:
         section = self.experiment.kernel
         options = {"diag_reg": section.diag_reg, "block_size": section.block_size or 0}
         (origin, fitted), self.live = self.live, (None, None)  # whose memory is taken over
+        if origin is state.origin is not None:
+            return krr.refit(fitted, *state.support)
+        del fitted  # of another state, before there is a second array of its size
         if state.origin is None or state.origin.age < 0:
             return krr.fit(self.kernel, *state.support, keep=state.origin is not None, **options)
-        if origin is not state.origin:  # after a resumption
-            fitted = krr.restore(state.origin, self.kernel, **options)
-        return krr.refit(fitted, *state.support)
+        return krr.refit(krr.restore(state.origin, self.kernel, **options), *state.support)
 
     def target(self, step):
         """The target batch (X_T, labels) of a step, drawn from the pool."""

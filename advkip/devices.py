@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -77,6 +78,19 @@ def everywhere(x) -> Any:
     if not isinstance(x, jax.Array):  # `device_put` may share the caller's memory
         x = np.array(x)
     return jax.device_put(x, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def zeros_everywhere(shape, dtype) -> jax.Array:
+    """Zeros on all devices, as `everywhere`."""
+    if jax.device_count() == 1:
+        return jnp.zeros(shape, dtype)
+    return jnp.zeros(shape, dtype, device=NamedSharding(_mesh(), PartitionSpec()))
+
+
+def agreed(x) -> np.ndarray:
+    """What the first of several hosts has, where others may differ in rounding."""
+    x = np.asarray(x)
+    return x if jax.process_count() == 1 else np.asarray(broadcast_one_to_all(x))
 
 
 def over_rows(function, rows, rest) -> Any:

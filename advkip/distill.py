@@ -86,14 +86,14 @@ def distill(
                 f"{path.name}; pass n_steps >= {state.step}, or delete the file"
             )
 
-    begun, saved = state, state.step
+    advanced, saved = False, state.step
     with tqdm(
         total=n_steps, initial=state.step, disable=not progress, mininterval=1, desc=method,
         unit="step",
     ) as bar:  # fmt: skip
         try:
             while not (reason := run.finished(state)):
-                before, state = state.step, run.advance(state)
+                before, state, advanced = state.step, run.advance(state), True
                 every = run.settings.keep_every
                 if path and every and state.step > before and state.step % every == 0:
                     _keep(path.with_name(f"{method}-{state.step}.npz"), state, run)
@@ -114,7 +114,7 @@ def distill(
                 with files.replacing(path.with_name(f"kept-{method}.npz")) as file:
                     np.savez(file, x_support=kept.x_support, y_support=kept.y_support)
             raise DivergedError(str(error), kept) from error
-    if path and state is not begun:
+    if path and advanced:
         run.save(path, state)
     return _result(state, initial, reason, run.about)
 
@@ -135,6 +135,8 @@ def _result(state, initial, reason, about):
 
 def _keep(path, state, run):
     """Writes the support of a state like a distilled set, with one test image for form."""
+    if jax.process_index():  # of several hosts the first writes
+        return
     support = _result(
         state._replace(best=state.support, best_step=state.step), (None, None), "", run.about
     )

@@ -1,4 +1,4 @@
-"""The interface of a kernel: all that the engine (`krr`, `attacks`, `distill`) asks of one.
+"""The interface of a kernel: all that the engine (`krr`, `attacks`, `algorithm`) asks of one.
 
 All of it is pure and usable inside `jax.jit`, and a kernel is hashable, so it can be a static
 argument. Inside jit, the part of a pullback that is not used costs nothing. The pullback is all

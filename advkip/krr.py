@@ -3,9 +3,8 @@
     f(x) = K_xS alpha,   alpha = (K_SS + r I)^-1 Y_S,   r = diag_reg trace(K_SS) / S
 
 The only S x S array is K_SS itself; its Cholesky factor takes its place, or the other triangle (see
-`solver`). The gradient of a
-loss L(f(X_T)) needs no derivative of the factorisation. With G = dL/df (T x C) and
-B = (K_SS + r I)^-1 K_ST G (S x C),
+`solver`). The gradient of a loss L(f(X_T)) needs no derivative of the factorisation. With
+G = dL/df (T x C) and B = (K_SS + r I)^-1 K_ST G (S x C),
 
     dL/dY_S  = B
     dL/dK_TS = G alpha^T
@@ -24,12 +23,12 @@ float32, in bytes,
 so that, with T = S / 4 and a tenth of the memory to spare,
 
     memory        8 GB   12 GB   16 GB   24 GB   40 GB    80 GB
-    D = 784     40,000  49,000  57,000  71,000  92,000  132,000
-    D = 3,072   34,000  44,000  52,000  65,000  86,000  125,000
+    D = 784     39,500  49,000  57,000  70,500  92,000  132,000
+    D = 3,072   33,000  42,500  50,500  64,000  85,000  124,000
 
 and in float64 what half the memory allows. On accelerators JAX's own Cholesky, up to
 `devices.CHOLESKY_DIRECT` rows, works in two more arrays of S x S; beyond, and on CPUs, there
-are none.
+are none. Conjugate gradients with an earlier factor take up to 8 kB for each of the S images.
 
 `kernel` below is a `kernel.Kernel`; S support, T target, C classes.
 """
@@ -148,7 +147,14 @@ def refit(fitted, x_support, y_support) -> Fit:
       ValueError, FloatingPointError: as `fit`.
     """
     x_support, y_support = _checked(x_support, y_support)
-    return _solved(solver.moved(fitted.system, x_support), y_support, fitted.machine.alpha)
+    machine = fitted.machine
+    given, earlier = (x_support, y_support), (machine.x_support, machine.alpha)
+    got, expected = ([(*a.shape, str(a.dtype)) for a in pair] for pair in (given, earlier))
+    if got != expected:
+        raise ValueError(
+            f"expected a support like the earlier one, {expected}, got {got}; pass this one to fit"
+        )
+    return _solved(solver.moved(fitted.system, x_support), y_support, machine.alpha)
 
 
 class Origin(NamedTuple):
@@ -179,20 +185,15 @@ def origin(fitted, before) -> Origin:
 
 
 def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
-    """A `Fit` from which `refit` goes on as from the one that had this origin.
-
-    Raises:
-      FloatingPointError: as `fit`.
-    """
+    """A `Fit` from which `refit` goes on as from the one of this origin; raises as `fit`."""
     system = solver.factorise(
         kernel, everywhere(origin.x), diag_reg=diag_reg, block_size=block_size, keep=True
     )
-    directions = krylov.no_directions(len(origin.x), origin.p.dtype)._replace(
-        p=everywhere(origin.p)
-    )
+    none = krylov.no_directions(len(origin.p), origin.p.dtype)
     system = system._replace(
-        age=origin.age, spent=origin.spent, last=origin.last, directions=directions
-    )
+        age=origin.age, spent=origin.spent, last=origin.last,
+        directions=none._replace(p=everywhere(origin.p)),
+    )  # fmt: skip
     return Fit(KernelMachine(kernel, system.x, everywhere(origin.alpha)), system)
 
 
@@ -258,7 +259,8 @@ def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
     """L(f(X_T)) and its exact gradient with respect to the support (the outer steps of Eq. 7).
 
     Args:
-      fitted: what `fit` or `refit` returned for the support.
+      fitted: what `fit` or `refit` returned for the support. Its memory may be taken over by a new
+        factor: go on with the result's `fitted`.
       x_target: the (attacked) target images, shape (T, ...); constants of this gradient.
       y_target: their labels, shape (T, C).
       loss: loss(logits, labels) of each image, from shapes (n, C) to (n,), a hashable function;

@@ -17,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advkip.devices import everywhere, product
+from advkip.devices import agreed, everywhere, product, zeros_everywhere
 
-RECYCLED = 80
-"""Directions that are kept."""
+RECYCLED, POOL = 80, 400
+"""Directions that are kept, and those of which they are chosen, at most."""
 
-DRIFT, SLOW = 2e-4, 6
-"""Reduction of the residual from which on it may be rounding alone; iterations in which it falls by
-half at least, or is looked at."""
+SLOW = 6
+"""Iterations in which the error must halve; where it does not, the true residual is looked at."""
 
 
 class Operator(NamedTuple):
@@ -46,11 +45,11 @@ class Directions(NamedTuple):
 
 def no_directions(n, dtype) -> Directions:
     """For the first solve with a factor of n rows."""
-    zeros = everywhere(np.zeros((n, RECYCLED), dtype))
+    zeros = zeros_everywhere((n, RECYCLED), dtype)
     return Directions(zeros, everywhere(np.ones(RECYCLED, dtype)), zeros)
 
 
-def renewed(p, operator) -> Directions:
+def carried_over(p, operator) -> Directions:
     """The directions P (S, m) of an earlier A with the same L, for the present one."""
     images = operator.half(operator.multiply(operator.other_half(p)))
     return _chosen(p, images)
@@ -63,8 +62,8 @@ def solve(
 
     The residual is carried as L^-1 R = Q C by its QR decomposition (Dubrulle 2001), so that columns
     of B may depend on each other. In float32 what is carried along loses touch with the true
-    residual after some four digits, so the true one decides, and the iteration starts again from
-    it, as long as that helps.
+    residual after some four digits (`_drift`), so the true one decides, and the iteration starts
+    again from it, as long as that helps.
 
     Args:
       operator: an `Operator`.
@@ -76,40 +75,48 @@ def solve(
     """
     x = jnp.zeros_like(b) if start is None else start
     r = b if start is None else b - operator.multiply(x)
-    iterations, taken, best = 0, [], np.inf
+    iterations, taken, best, room = 0, [], np.inf, (POOL - RECYCLED) // b.shape[1]
     while iterations < limit:
         q, c = _orthogonal(_corrected(directions, operator.half(r)))
-        d, errors = q, [float(operator.error(r, x).max())]
+        d, errors = q, []
         while iterations < limit:
             e = _corrected(directions, d)
             u = operator.other_half(e)
             a_u = operator.multiply(u)
             x, r, inner = _step(x, r, c, u, a_u)
             iterations += 1
-            t = operator.half(a_u)
-            taken.append((e, t))
-            errors.append(float(operator.error(r, x).max()))
-            if not errors[-1] > tolerance or _stagnates(errors):
+            errors.append(_largest(operator.error(r, x)))
+            if not errors[-1] > tolerance or _stagnates(errors, _drift(b.dtype)):
                 break
+            t = operator.half(a_u)
+            if len(taken) < room:  # the first ones know the outliers
+                taken.append((e, t))
             q, c, d = _next(q, c, d, _corrected(directions, t), inner)
         r = b - operator.multiply(x)
-        error = float(operator.error(r, x).max())
+        error = _largest(operator.error(r, x))
         if error <= tolerance:
-            old = directions.p, directions.images
-            return (
-                x,
-                iterations,
-                _chosen(*(jnp.concatenate(parts, 1) for parts in zip(old, *taken, strict=True))),
-            )
+            known = zip((directions.p, directions.images), *taken, strict=True)
+            return x, iterations, _chosen(*(jnp.concatenate(parts, 1) for parts in known))
         if not error < best / 2:  # no better than from the last true residual, or not finite
             break
         best = error
     return None, iterations, directions
 
 
-def _stagnates(errors):
-    """Whether what is carried along has nothing more to say."""
-    within = errors[-1] < DRIFT * errors[0] and errors[-1] > errors[-2] / 2
+def _largest(errors):
+    return float(agreed(errors.max()))
+
+
+def _drift(dtype):
+    """Reduction of the residual from which on it may be rounding alone: 2e-4 in float32."""
+    return float(jnp.finfo(dtype).eps) ** 0.53
+
+
+def _stagnates(errors, drift):
+    """Whether what is carried along has nothing more to say, from the errors of all iterations."""
+    if len(errors) < 2:
+        return False
+    within = errors[-1] < drift * errors[0] and errors[-1] > errors[-2] / 2
     return within or (len(errors) > SLOW and errors[-1] > errors[-1 - SLOW] / 2)
 
 
@@ -137,10 +144,15 @@ def _next(q, c, d, t, inner):
 
 
 def _chosen(basis, images):
-    """The Ritz vectors of L^-1 A L^-T farthest from 1 in a space, with its image."""
+    """The Ritz vectors of L^-1 A L^-T farthest from 1 in a space, with its image.
+
+    None of them where the image is not finite, as it is if A is not.
+    """
     of_one, of_a = (np.asarray(product(basis.T, v), "float64") for v in (basis, images))
+    if not np.isfinite(of_a).all():
+        return no_directions(len(basis), basis.dtype)
     weights, vectors = np.linalg.eigh(of_one)
-    kept = weights > 1e-4 * weights.max()  # float32 knows no others
+    kept = weights > _drift(basis.dtype) * weights.max()  # the others are rounding
     whiten = vectors[:, kept] / np.sqrt(weights[kept])
     ritz, vectors = np.linalg.eigh(whiten.T @ ((of_a + of_a.T) / 2) @ whiten)
     far = np.abs(np.log(np.maximum(ritz, 1e-30)))
@@ -148,5 +160,5 @@ def _chosen(basis, images):
     order = order[ritz[order] > 0]
     mix, theta = np.zeros((len(of_a), RECYCLED)), np.ones(RECYCLED)
     mix[:, : len(order)], theta[: len(order)] = whiten @ vectors[:, order], ritz[order]
-    mix, theta = (everywhere(a.astype(basis.dtype)) for a in (mix, theta))
+    mix, theta = (everywhere(agreed(a.astype(basis.dtype))) for a in (mix, theta))
     return Directions(product(basis, mix), theta, product(images, mix))

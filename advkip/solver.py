@@ -4,7 +4,7 @@ A support moves little between two outer steps, so the Cholesky factor L of an e
 a good preconditioner for the present one: conjugate gradients (`krylov`), all columns of B at once,
 reach in a few iterations the accuracy that a factorisation has in this precision. An iteration
 takes O(S^2 C) operations, a factorisation S^3 / 3. K_SS is symmetric and L triangular, so one array
-holds K_SS above its diagonal and L below, with the diagonal of K_SS apart.
+holds K_SS above its diagonal and L below, with the diagonal of K_SS + r I apart.
 
 What "the same accuracy" is, is measured: the backward error of the factor's own solution when it is
 made. Which step factorises depends on numbers of iterations alone, never on a clock, so that a run
@@ -19,7 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from advkip import krylov
-from advkip.devices import cholesky_in_place, cholesky_solve, everywhere, half_solve
+from advkip.devices import (
+    cholesky_in_place,
+    cholesky_solve,
+    everywhere,
+    half_solve,
+    zeros_everywhere,
+)
 from advkip.gram import fill_gram, ridged_diagonal, set_diagonal, symmetric_product
 from advkip.kernel import Kernel
 
@@ -53,7 +59,9 @@ class System(NamedTuple):
     packed: jax.Array  # (S, S): L, and above it K_SS if `diagonal` is not None
     diagonal: jax.Array | None = None  # of K_SS + r I, (S,)
     tolerance: float = 0.0  # backward error that a solution may have
-    age: int = 0  # supports since the one whose L is; 0: this one's own; -1: not for another one
+    age: int = (
+        0  # supports since the one whose L is; 0: this one's own; -1: of float64, serves no other
+    )
     spent: int = 0  # iterations for the supports before this one since then
     last: int = 0  # iterations for this one
     directions: krylov.Directions | None = None  # of solves with this factor
@@ -73,14 +81,9 @@ def factorise(kernel, x, *, diag_reg, block_size=0, keep=False, memory=None) -> 
     Raises:
       FloatingPointError: K_SS + r I is not positive definite in this precision, or not finite.
     """
-    k_ss = everywhere(jnp.zeros((len(x), len(x)), x.dtype)) if memory is None else memory
+    k_ss = zeros_everywhere((len(x), len(x)), x.dtype) if memory is None else memory
     k_ss = fill_gram(kernel, k_ss, x, triangle="both" if keep else "lower", block_size=block_size)
-    diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
-    if not jnp.isfinite(ridge):
-        raise FloatingPointError(
-            f"expected a finite kernel, got a mean diagonal that is not in {x.dtype}; pass a "
-            "smaller W_std, fewer layers, dtype 'float64', or images in [0, 1]"
-        )
+    diagonal, ridge = _diagonal(kernel, x, diag_reg)
     factor, success = cholesky_in_place(set_diagonal(k_ss, diagonal))
     if not success:
         raise _not_positive_definite(diag_reg, x.dtype)
@@ -95,6 +98,17 @@ def factorise(kernel, x, *, diag_reg, block_size=0, keep=False, memory=None) -> 
     return system._replace(
         tolerance=ACCURACY * float(error.max()), directions=krylov.no_directions(len(x), x.dtype)
     )
+
+
+def _diagonal(kernel, x, diag_reg):
+    """The diagonal of K_SS + r I, and r."""
+    diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
+    if not jnp.isfinite(ridge):
+        raise FloatingPointError(
+            f"expected a finite kernel, got a mean diagonal that is not in {x.dtype}; pass a "
+            "smaller W_std, fewer layers, dtype 'float64', or images in [0, 1]"
+        )
+    return diagonal, ridge
 
 
 def _not_positive_definite(diag_reg, dtype) -> FloatingPointError:
@@ -119,14 +133,14 @@ def moved(system, x) -> System:
     if _is_worn(system):
         return renewed(system._replace(x=x))
     packed = fill_gram(kernel, system.packed, x, triangle="upper", block_size=block_size)
-    diagonal, ridge = ridged_diagonal(kernel, x, diag_reg)
+    diagonal, ridge = _diagonal(kernel, x, diag_reg)
     system = system._replace(
         x=x, ridge=ridge, packed=packed, diagonal=diagonal,
         age=system.age + 1, spent=system.spent + system.last, last=0,
     )  # fmt: skip
-    if system.age == 1:  # nothing was solved with this factor yet
+    if system.age == 1:  # no directions are known yet
         return system
-    return system._replace(directions=krylov.renewed(system.directions.p, _operator(system)))
+    return system._replace(directions=krylov.carried_over(system.directions.p, _operator(system)))
 
 
 def renewed(system) -> System:
@@ -202,8 +216,8 @@ def _product(system, v):
 
 
 _solve_factor = jax.jit(cholesky_solve)
-_solve_half = jax.jit(lambda factor, b: half_solve(factor, b))
-_solve_other_half = jax.jit(lambda factor, b: half_solve(factor, b, transposed=True))
+_solve_half = jax.jit(half_solve)
+_solve_other_half = jax.jit(partial(half_solve, transposed=True))
 
 
 def _ratio(a, b):

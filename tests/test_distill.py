@@ -470,7 +470,7 @@ def test_supports_of_several_steps_stay(digits, tmp_path, monkeypatch):
     """Those of an interrupted run are those of a whole one; `sets` gives each a name of its own."""
     e = changed(SMALL, adv_kip__keep_every=2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = run(e, digits, checkpoint_dir=whole)
+    run(e, digits, checkpoint_dir=whole)
     run(changed(e, adv_kip__n_steps=3), digits, checkpoint_dir=parts)
     run(e, digits, checkpoint_dir=parts)
     names = sorted(path.name for path in whole.glob("adv-kip-*.npz"))
@@ -487,7 +487,6 @@ def test_supports_of_several_steps_stay(digits, tmp_path, monkeypatch):
         state = run_.advance(state)
     kept = sets.from_path(whole / "adv-kip-2.npz")[1]
     np.testing.assert_allclose(kept.x, state.support[0], rtol=1e-6)
-    assert result.step in (0, 2, 4, 6)
 
 
 def test_real_mnist_becomes_robust(shared_data):

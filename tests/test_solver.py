@@ -11,7 +11,7 @@ from tests.sections import changed, experiment
 DIAG_REG, PIXELS = 1e-6, 0.005
 RUN = experiment(
     support__n_support=150, support__n_target=60, dataset__n_validation=100, dataset__n_test=50,
-    adv_kip__n_steps=9, adv_kip__eval_every=3, adv_kip__checkpoint_every=4, adv_kip__pgd_steps=3,
+    adv_kip__n_steps=9, adv_kip__eval_every=3, adv_kip__checkpoint_every=2, adv_kip__pgd_steps=3,
     adv_kip__eval_pgd_steps=3, kernel__name="fc2", adv_kip__learning_rate=PIXELS,
     adv_kip__label_learning_rate=PIXELS,
 )  # fmt: skip
@@ -134,9 +134,32 @@ def test_near_singular_systems(digits):
         krr.refit(krr.fit(kernel, x, y, diag_reg=0.0, keep=True), moved, np.roll(y, 1, 0))
     moved[1, 0, 0] += 1e-3  # near-identical, with other labels
     new = krr.refit(krr.fit(kernel, x, y, keep=True), moved, y)
+    assert new.system.age == -1
     double = krr.fit(kernel, moved.astype("float64"), y.astype("float64"))
     expected = double.machine(digits.x_test[:100].astype("float64"))
     np.testing.assert_allclose(new.machine(digits.x_test[:100]), expected, atol=0.03)
+    apart = krr.refit(new, x, y)  # the factor of float64 serves no other support
+    assert apart.system.age == 0
+    np.testing.assert_array_equal(apart.machine.alpha, krr.fit(kernel, x, y).machine.alpha)
+
+
+def test_a_kernel_that_overflows_on_the_way_is_refused(digits):
+    kernel = kernels.by_name("fc3")
+    x, moved, y, *_ = problem(digits, 100)
+    fitted = krr.fit(kernel, x, y, keep=True)
+    for _ in range(2):
+        fitted = krr.refit(fitted, moved, y)
+    with pytest.raises(FloatingPointError, match="expected a finite kernel"):
+        krr.refit(fitted, moved * np.float32(1e30), y)
+
+
+def test_another_support_is_refused_before_the_memory_is_taken(digits):
+    x, moved, y, *_ = problem(digits, 100)
+    fitted = krr.fit(kernels.by_name("fc2"), x, y, keep=True)
+    for support, labels in ((moved[:50], y[:50]), (moved, y[:, :5]), (moved.astype("float64"), y)):
+        with pytest.raises(ValueError, match="expected a support like the earlier one"):
+            krr.refit(fitted, support, labels)
+    assert krr.refit(fitted, moved, y).system.age == 1
 
 
 def test_images_that_become_identical_are_seen_as_by_a_factor_of_its_own(digits):
@@ -178,7 +201,7 @@ def test_a_run_keeps_its_factor_and_ends_where_others_do(digits, iterations, mon
             assert abs(ours[key] - theirs[key]) <= 0.01  # one image of 100
 
 
-@pytest.mark.parametrize("stop", [1, 3, 6])
+@pytest.mark.parametrize("stop", [3, 6])
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_resumed_in_a_factors_life_with_the_same_bits(
     digits, tmp_path, monkeypatch, stop, interruption
@@ -197,6 +220,10 @@ def test_resumed_in_a_factors_life_with_the_same_bits(
     with pytest.raises(interruption):
         distill.distill(RUN, splits, checkpoint_dir=tmp_path, progress=False)
     monkeypatch.setattr(algorithm.Run, "target", target)
+    with np.load(tmp_path / "distillation-adv-kip.npz") as file:
+        saved = {key: file[key] for key in file.files if key.startswith("/3/")}
+    assert saved["/3/3"] > 0  # the age of the factor
+    assert np.abs(saved["/3/2"]).max() > 0  # its directions
     resumed = distill.distill(RUN, splits, checkpoint_dir=tmp_path, progress=False)
     np.testing.assert_array_equal(resumed.x_support, whole.x_support)
     np.testing.assert_array_equal(resumed.y_support, whole.y_support)
@@ -252,6 +279,28 @@ def test_symmetric_product(rng, size):
         gram.symmetric_product(jnp.asarray(garbage), jnp.diagonal(a), jnp.asarray(v)), a @ v,
         rtol=1e-12, atol=1e-12,
     )  # fmt: skip
+
+
+def test_one_such_array_at_a_time(digits, tmp_path, monkeypatch):
+    """While K_SS is filled: in a run, after its interruption, for a state that is not the last."""
+    filled, fill = [], gram._fill_row
+
+    def watched(*arguments):
+        shape = arguments[3].shape
+        filled.append(sum(a.shape == shape for a in jax.live_arrays() if not a.is_deleted()))
+        return fill(*arguments)
+
+    monkeypatch.setattr(gram, "_fill_row", watched)
+    monkeypatch.setattr(solver, "ROWS_PER_ITERATION", 30)  # some factors are replaced
+    splits = data.split(digits, RUN)
+    distill.distill(changed(RUN, adv_kip__n_steps=5), splits, checkpoint_dir=tmp_path)
+    distill.distill(RUN, splits, checkpoint_dir=tmp_path, progress=False)
+    run = algorithm.Run(RUN, splits, kernels.of(RUN.kernel), "adv-kip")
+    state = run.start(distill.initial_support(RUN, splits))
+    for one in (state, run.advance(state), state):
+        run.advance(one)
+    assert len(filled) > 10
+    assert set(filled) == {1}
 
 
 def test_all_in_one_array():
