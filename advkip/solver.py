@@ -29,12 +29,13 @@ from advkip.devices import (
 from advkip.gram import fill_gram, ridged_diagonal, set_diagonal, symmetric_product
 from advkip.kernel import Kernel
 
-KEPT = 4000
-"""Supports of fewer images are factorised at each step: it takes no longer than the iterations."""
+KEPT = 12_000
+"""Supports of fewer images are factorised at each step, which takes no longer than the iterations do
+(at 5,000 a step is a fifth slower with an old factor, see `make bench`)."""
 
-ROWS_PER_ITERATION = 200
+ROWS_PER_ITERATION = 500
 """S over this is how many iterations cost a factorisation: S^3 / 3 operations at the rate of large
-products, against reading S^2 numbers three times (measured on a CPU, see `make bench`)."""
+products, against reading half of S^2 numbers three times (two cores, S 30,000: 72 s and 1.25 s)."""
 
 ACCURACY = 4.0
 """Backward error of conjugate gradients over that of the direct solution, at most."""
