@@ -30,8 +30,8 @@ from advkip.gram import fill_gram, ridged_diagonal, set_diagonal, symmetric_prod
 from advkip.kernel import Kernel
 
 KEPT = 12_000
-"""Supports of fewer images are factorised at each step, which takes no longer than iterations do (at
-5,000 a step is a fifth slower with an old factor, see `make bench`)."""
+"""Supports of fewer images are factorised at each step, which takes no longer than iterations do.
+At 5,000 a step is a fifth slower with an old factor (`make bench`)."""
 
 ROWS_PER_ITERATION = 500
 """S over this is how many iterations cost a factorisation: S^3 / 3 operations at the rate of large
