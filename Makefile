@@ -60,7 +60,7 @@ RECORDS = $$(git ls-files "reports/*/results.json")
 
 report: install  ## reports/index.html, reports/README.md and the README's table from the records
 	$(BIN)/python -m advkip.tables README.md reports/README.md $(RECORDS)
-	$(BIN)/python -m advkip.report --runs $$(dirname $(RECORDS) | xargs -n 1 basename)
+	$(BIN)/python -m advkip.report --runs $$(dirname $(RECORDS) | xargs -n 1 basename | LC_ALL=C sort)
 
 docs: install  ## the documentation as a static site, build/site/index.html
 	$(BIN)/python -m advkip.docs
