@@ -5,7 +5,7 @@ leaves out keeps its default. `params/schema.json` is made from here.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,13 +158,9 @@ class Experiment(Section):
     def of(self, *sections: str, without: Iterable[str] = ()) -> dict[str, Any]:
         """The settings of some sections that results depend on, as plain JSON values by path."""
         free = {*FREE, *without}
-        flat: dict[str, Any] = {}
         settings = self.to_dict()
-        for section in sections:
-            value = settings[section]
-            parts = value.items() if isinstance(value, dict) else [("", value)]
-            flat |= {f"{section}.{key}".strip("."): one for key, one in parts}
-        return {path: value for path, value in flat.items() if path not in free}
+        found = by_path({section: settings[section] for section in sections})
+        return {path: value for path, value in found if path not in free}
 
     def diagnosed_nets(self) -> tuple[str, ...]:
         """Networks of notebook 04 with plain training."""
@@ -174,6 +170,13 @@ class Experiment(Section):
     def net_seeds(self) -> list[int]:
         """The seeds of the networks of each kind, derived from `seed`."""
         return [1000 * self.seed + i for i in range(self.networks.n_seeds)]
+
+
+def by_path(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """('section.key', value) of all settings."""
+    for key, value in settings.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        yield from ((f"{key}.{part}".strip("."), one) for part, one in parts)
 
 
 FREE = (

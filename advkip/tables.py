@@ -17,7 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from advkip import records
-from advkip.config import FREE, Experiment
+from advkip.config import FREE, Experiment, by_path
 from advkip.settings import Attack
 
 ADVERSARIAL = "original, adversarial training"
@@ -115,18 +115,12 @@ def _that_matter(experiment):
 
     Those at their default are left out: a record of before there was a setting lacks it.
     """
-    free, default = {*FREE, "seed"}, dict(_by_path(Experiment().to_dict()))
+    free, default = {*FREE, "seed"}, dict(by_path(Experiment().to_dict()))
     return {
         path: value
-        for path, value in _by_path(experiment)
+        for path, value in by_path(experiment)
         if path not in free and (path not in default or value != default[path])
     }
-
-
-def _by_path(settings):
-    for key, value in settings.items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        yield from ((f"{key}.{part}".strip("."), one) for part, one in parts)
 
 
 def checks(diagnoses, *, columns=6) -> str:

@@ -302,10 +302,15 @@ def alone(function, *arguments):
     return json.loads(output.stdout.splitlines()[-1])
 
 
+def source(work):
+    return work[-1] if has_file(work[-1]) else f"noise like {work[-1]}"
+
+
 def row(work, ours, agreement, reference=None):
     """A line of the results; `reference` is (name, what `measure` returned)."""
-    source = work[-1] if has_file(work[-1]) else f"noise like {work[-1]}"
-    name = f"fc{DEPTH}, {source}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32"
+    name = (
+        f"fc{DEPTH}, {source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32"
+    )
     return {
         "work": f"one outer step, {name}" + (f", {reference[0]} reference" if reference else ""),
         "reference_s": reference and round(reference[1][0], 2),
@@ -363,10 +368,9 @@ def standard():
 def kept_row(work, found, n_steps, rate, own=None):
     """A line for several outer steps; `own` are those that each had a factor of their own."""
     times, iterations, peak = found
-    source = work[-1] if has_file(work[-1]) else f"noise like {work[-1]}"
     return {
-        "work": f"mean of {n_steps} outer steps, factorisations included, fc{DEPTH}, {source}, S "
-        f"{work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32, learning rate {rate:g}",
+        "work": f"mean of {n_steps} outer steps, factorisations included, fc{DEPTH}, "
+        f"{source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32, learning rate {rate:g}",
         "reference_s": own and round(float(np.mean(own[0])), 3),
         "ours_s": round(float(np.mean(times)), 3),
         "ratio": own and round(float(np.mean(own[0]) / np.mean(times)), 2),
