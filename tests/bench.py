@@ -370,7 +370,8 @@ def kept_row(work, found, n_steps, rate, own=None):
     times, iterations, peak = found
     return {
         "work": f"mean of {n_steps} outer steps, factorisations included, fc{DEPTH}, "
-        f"{source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, float32, learning rate {rate:g}",
+        f"{source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, "
+        f"float32, learning rate {rate:g}",
         "reference_s": own and round(float(np.mean(own[0])), 3),
         "ours_s": round(float(np.mean(times)), 3),
         "ratio": own and round(float(np.mean(own[0]) / np.mean(times)), 2),
