@@ -59,7 +59,7 @@ bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, ni
 RECORDS = $$(git ls-files "reports/*/results.json")
 
 report: install  ## reports/index.html, reports/README.md and the README's table from the records
-	$(BIN)/python -m advkip.tables README.md reports/README.md $(RECORDS)
+	$(BIN)/python -m advkip.texts README.md reports/README.md $(RECORDS)
 	$(BIN)/python -m advkip.report --runs $$(dirname $(RECORDS) | xargs -n 1 basename | LC_ALL=C sort)
 
 docs: install  ## the documentation as a static site, build/site/index.html

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from advkip import attacks, data, gram, kernels, krr, optimizers, store
+from advkip import attacks, data, gram, krr, optimizers, store, worst_case
 from advkip.config import MACHINE
+from advkip.objective import Objective
 
 DIVERGED = 100
 """A run stops when its loss exceeds this many times the larger of 1 and its first loss."""
@@ -46,19 +48,21 @@ class Run:
             )
         self.experiment, self.settings, self.method = experiment, settings, method
         self.splits, self.kernel = splits, kernel
-        self.attacked = kernels.rounded(kernel, settings.attack_precision)
         self.live = None, None  # an origin and the `krr.Fit` that has it
-        self.threat = attacks.Threat(experiment.threat.norm, experiment.threat.epsilon)
         self.optimizers = optimizers.of(settings, learn_labels=experiment.support.learn_labels)
         x = jnp.asarray(splits.x_support[:2])
         section = method.replace("-", "_")
-        free = ("dataset.n_test", *(f"{section}.{name}" for name in settings.may_differ))
+        free = [f"{section}.{name}" for name in settings.may_differ]
+        free += ["dataset.n_test", *(f"support.{name}" for name in experiment.support.may_differ)]
         self.about = experiment.of(*MACHINE, section, without=free) | {
             "method": method, "data": data.fingerprint(splits),
             "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],
         }  # fmt: skip
         self.batch_size = experiment.kernel.block_size or gram.rows_of_tile(
             kernel, experiment.support.n_support
+        )
+        self.objective = Objective(
+            experiment, method, kernel, n_classes=splits.n_classes, batch_size=self.batch_size
         )
 
     def save(self, path, state):
@@ -101,12 +105,12 @@ class Run:
         """One outer step: history line when due, inner maximum, outer gradient, update."""
         e, began = self.settings, time.perf_counter()
         fitted = self.fit(state)
-        x_target, y_target = self.target(state.step)
-        x_target = self.attack(fitted.machine, x_target, y_target)
+        x, y = self.target(state.step)
+        attacked = self.objective.attack(fitted.machine, x, y, step=state.step)
+        batch = self.objective.batch(fitted.machine, x, attacked, y)
         gradient = krr.support_gradient(
-            fitted, x_target, self.labels(y_target, e.outer_loss),
-            loss=_OuterLoss(e.outer_loss, self.scale(e.outer_loss)),
-        )  # fmt: skip
+            fitted, batch.x, batch.labels, loss=self.objective.loss, weights=batch.weights
+        )
         loss = float(gradient.loss)
         first = state.history[0]["loss"] if state.history else loss
         if not loss <= DIVERGED * max(1.0, first):
@@ -146,39 +150,16 @@ class Run:
         index = generator.choice(
             len(self.splits.x_pool), self.experiment.support.n_target, replace=False, shuffle=False
         )
-        return jnp.asarray(self.splits.x_pool[index]), self.splits.y_pool[index]
-
-    def labels(self, y, loss):
-        """Labels (n, C) as the loss wants them: one-hot; for mse centred like the support's."""
-        center = self.experiment.support.center_labels and loss == "mse"
-        dtype = self.experiment.kernel.dtype
-        return data.one_hot(y, self.splits.n_classes, center=center, dtype=dtype)
-
-    def scale(self, loss):
-        return self.settings.logit_scale if loss == "cross-entropy" else 1.0
-
-    def attack(self, machine, x, y):
-        """The inner maximum, Eq. 8, from the images themselves."""
-        e, threat = self.settings, self.experiment.threat
-        scaled = krr.KernelMachine(
-            self.attacked, machine.x_support, machine.alpha * self.scale(e.inner_loss)
-        )
-        if not e.pgd_steps:
-            return x
-        # One step is FGSM: it goes to the border of the ball.
-        step_size = threat.epsilon if e.pgd_steps == 1 else threat.step_size
-        return attacks.in_batches(
-            partial(
-                attacks.pgd, scaled, threat=self.threat, n_steps=e.pgd_steps,
-                step_size=step_size, loss=e.inner_loss,
-            ),
-            x, self.labels(y, e.inner_loss), batch_size=self.batch_size,
-        )  # fmt: skip
+        x, y = self.splits.x_pool[index], self.splits.y_pool[index]
+        if self.experiment.support.mirror:
+            x = np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
+        return jnp.asarray(x), y
 
     def validate(self, state, machine, loss):
         """Adds a line to the history and keeps the support if it is the best so far."""
         e, x, y = self.settings, self.splits.x_validation, self.splits.y_validation
-        labels = self.labels(y, "cross-entropy")
+        labels = self.objective.labels(y, "cross-entropy")
+        ball = {"threat": self.objective.threat, "step_size": self.experiment.threat.step_size}
 
         def accuracy(attack):
             attacked = attacks.in_batches(attack, x, labels, batch_size=self.batch_size)
@@ -192,18 +173,16 @@ class Run:
             "step": state.step,
             "loss": loss,
             "clean": accuracy(lambda x, y: jnp.asarray(x)),
-            "fgsm": accuracy(partial(attacks.fgsm, machine, threat=self.threat)),
-            "pgd": accuracy(
-                partial(
-                    attacks.pgd, machine, threat=self.threat,
-                    n_steps=e.eval_pgd_steps, step_size=self.experiment.threat.step_size,
-                )
-            ),
+            "fgsm": accuracy(partial(attacks.fgsm, machine, threat=ball["threat"])),
+            "pgd": accuracy(partial(attacks.pgd, machine, n_steps=e.eval_pgd_steps, **ball)),
             "gradient_norm": float(norms.mean()),
             "seconds": round(state.seconds, 2),
         }  # fmt: skip
+        if e.choose_by == "worst-case":
+            left = worst_case.withstood(machine, x, y, batch_size=self.batch_size, **ball)
+            line["strong"] = float(left.mean())
         state = state._replace(history=(*state.history, line))
-        score = line["pgd"] if e.pgd_steps else line["clean"]
+        score = line[chosen_by(e)]
         if score > state.best_score:
             return state._replace(best=state.support, best_step=state.step, best_score=score)
         return state
@@ -219,7 +198,7 @@ class Run:
             new.append(value)
             states.append(memory)
         if self.experiment.support.clip:
-            new[0] = jnp.clip(new[0], self.threat.low, self.threat.high)
+            new[0] = jnp.clip(new[0], self.objective.threat.low, self.objective.threat.high)
         if not all(jnp.isfinite(value).all() for value in new):
             raise FloatingPointError(
                 f"expected a finite support, got NaN or infinity after step {state.step}; pass "
@@ -230,11 +209,8 @@ class Run:
         )
 
 
-class _OuterLoss(NamedTuple):
-    """The loss of each image, of logits times `scale`."""
-
-    name: str
-    scale: float
-
-    def __call__(self, logits, labels):
-        return attacks.LOSSES[self.name](self.scale * logits, labels)
+def chosen_by(settings) -> str:
+    """Which figure of a history's line chooses the support of a method with these settings."""
+    if not settings.pgd_steps:
+        return "clean"
+    return "strong" if settings.choose_by == "worst-case" else "pgd"

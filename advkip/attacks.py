@@ -1,90 +1,22 @@
-"""Threat model, projections, losses, FGSM and PGD on any JAX logit function (paper Eq. 8).
+"""FGSM, PGD and APGD on any JAX logit function (paper Eq. 8).
 
 An attack looks for x' in the ball |x' - x| <= epsilon, inside the pixel range, that makes the
 loss large. epsilon and step sizes are in pixel units of [0, 1]: 8/255, not 8.
 """
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from advkip import inputs
+from advkip import ascent, inputs
 from advkip.devices import everywhere, jit, over_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Threat:
-    """What the attacker may do.
-
-    Args:
-      norm: 'linf' or 'l2', over all pixels of an image.
-      epsilon: radius of the ball, in [0, 1] pixel units ('l2': of the whole image), >= 0.
-      low, high: pixel range that attacked images keep to.
-    """
-
-    norm: str = "linf"
-    epsilon: float = 0.3
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self):
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"expected norm 'linf' or 'l2', got {self.norm!r}; pass one of them")
-        if not self.epsilon >= 0 or (self.norm == "linf" and self.epsilon > 1):
-            raise ValueError(
-                f"expected epsilon in pixel units of [0, 1], got {self.epsilon}; "
-                "pass 8/255 for what is sometimes written 8"
-            )
-        if not self.low < self.high:
-            raise ValueError(f"expected low < high, got {self.low}, {self.high}; pass 0 and 1")
-
-
-def project(x, x_original, threat) -> jax.Array:
-    """Nearest point of the ball around `x_original`, then of the pixel range.
-
-    Both sets hold x_original, so clipping to the range never leaves the ball.
-
-    Args:
-      x, x_original: images, shape (n, ...).
-      threat: a `Threat`.
-
-    Returns:
-      Images of the same shape.
-    """
-    delta = x - x_original
-    if threat.norm == "linf":
-        delta = jnp.clip(delta, -threat.epsilon, threat.epsilon)
-    else:
-        delta = delta * jnp.minimum(1, threat.epsilon / jnp.maximum(_l2(delta), 1e-12))
-    return jnp.clip(x_original + delta, threat.low, threat.high)
-
-
-def distance(x, x_original, norm) -> jax.Array:
-    """Per-image distance in the given norm, shape (n,)."""
-    if norm == "l2":
-        return _l2(x - x_original).reshape(-1)
-    return jnp.abs(x - x_original).reshape(len(x), -1).max(1)
-
-
-def _l2(delta):
-    axes = tuple(range(1, delta.ndim))
-    return jnp.sqrt((delta**2).sum(axes, keepdims=True))
-
-
-def cross_entropy(logits, targets) -> jax.Array:
-    """Per-image cross-entropy, shape (n,), of logits (n, C) and targets (n, C) that sum to 1."""
-    return -(targets * jax.nn.log_softmax(logits)).sum(1)
-
-
-def mse(logits, targets) -> jax.Array:
-    """Per-image squared error |targets - logits|^2 / 2, shape (n,) (paper Eq. 6)."""
-    return ((targets - logits) ** 2).sum(1) / 2
-
-
-LOSSES = {"cross-entropy": cross_entropy, "mse": mse}
+from advkip.losses import LOSSES, cross_entropy, towards
+from advkip.threat import Threat as Threat
+from advkip.threat import distance as distance
+from advkip.threat import l2_length, random_start
+from advkip.threat import project as project
 
 
 def fgsm(logits_fn, x, y, *, threat, loss="cross-entropy") -> jax.Array:
@@ -96,8 +28,9 @@ def fgsm(logits_fn, x, y, *, threat, loss="cross-entropy") -> jax.Array:
 
 
 def pgd(
-    logits_fn, x, y, *, threat, n_steps, step_size, loss="cross-entropy", n_restarts=1, key=None
-) -> jax.Array:
+    logits_fn, x, y, *, threat, n_steps, step_size, loss="cross-entropy", n_restarts=1, key=None,
+    aim=None, rule="fixed",
+) -> jax.Array:  # fmt: skip
     """Projected gradient ascent on the loss (paper Eq. 8; Madry et al. 2018).
 
     x <- project(x + step_size * direction(grad_x loss)), direction = sign for 'linf' and
@@ -111,28 +44,39 @@ def pgd(
       threat: a `Threat`.
       n_steps: 0 (no attack) or more.
       step_size: pixel units, > 0.
-      loss: 'cross-entropy' or 'mse', the loss that is maximised.
+      loss: a key of `losses.LOSSES`, what is maximised, or 'targeted' with `aim`.
       n_restarts: keeps, per image, the run with a wrong prediction, else the largest loss.
       key: JAX key for random starts; needed for more than one restart.
+      aim: classes (n,) that a 'targeted' attack pushes to.
+      rule: 'fixed', or 'apgd' (Croce and Hein 2020), which chooses its own steps, whatever
+        step_size is, and keeps the point of largest loss (see `ascent`).
 
     Returns:
       Attacked images, shape of x.
 
     Raises:
-      ValueError: bad numbers, images or labels (see `inputs`), restarts without a key.
+      ValueError: bad numbers, images or labels (see `inputs`), restarts without a key, an aim
+        without the targeted loss or the other way round, another rule.
 
     A gradient that is not finite points nowhere and is taken as 0.
     """
-    check_numbers(n_steps, step_size, n_restarts, loss)
+    check_numbers(n_steps, step_size, n_restarts, loss, (*LOSSES, "targeted"))
     if n_restarts > 1 and key is None:
         raise ValueError("expected a key for random restarts, got None; pass jax.random.key(seed)")
+    if (loss == "targeted") != (aim is not None) or rule not in ("fixed", "apgd"):
+        raise ValueError(
+            "expected an aim with the loss 'targeted' alone, and rule 'fixed' or 'apgd', got loss "
+            f"{loss!r}, aim {'None' if aim is None else 'given'}, rule {rule!r}; pass both or none"
+        )
     check_images(x, threat)
     x, y = everywhere(x), everywhere(inputs.labels(y, len(x)))
+    aim = everywhere(jnp.zeros(len(x), int) if aim is None else jnp.asarray(aim))
     logits_fn = _as_pytree(logits_fn)
-    return _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts)
+    how = threat, n_steps, loss, n_restarts, rule
+    return _pgd(logits_fn, x, y, aim, step_size, key, *how)
 
 
-def check_numbers(n_steps, step_size, n_restarts, loss, losses=LOSSES) -> None:
+def check_numbers(n_steps, step_size, n_restarts, loss, losses) -> None:
     """Raises ValueError unless these can be arguments of `pgd`, here or in `torch_attacks`."""
     if n_steps < 0 or not step_size >= 0 or n_restarts < 1:
         raise ValueError(
@@ -153,44 +97,45 @@ def _as_pytree(function):
     return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
-@partial(jit, static_argnums=(5, 6, 7, 8))
-def _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts):
-    def losses(logits_fn, x_attacked, y):
+@partial(jit, static_argnums=(6, 7, 8, 9, 10))
+def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts, rule):
+    def losses(logits_fn, x_attacked, y, aim):
         logits = logits_fn(x_attacked)
         targets = jax.nn.one_hot(y, logits.shape[1], dtype=x.dtype) if y.ndim == 1 else y
-        return LOSSES[loss](logits, targets), (logits, targets)
+        chosen = towards(aim) if loss == "targeted" else LOSSES[loss]
+        return chosen(logits, targets), (logits, targets)
 
     def ascend(rows, model):
-        (start, x, y), (logits_fn, step_size) = rows, model
-        gradient = jax.grad(lambda x_attacked: losses(logits_fn, x_attacked, y)[0].sum())
+        (start, x, y, aim), (logits_fn, step_size) = rows, model
 
-        def step(_, x_attacked):
-            g = gradient(x_attacked)
+        def total(point):
+            values = losses(logits_fn, point, y, aim)[0]
+            return values.sum(), values
+
+        def climb(point):
+            (_, values), g = jax.value_and_grad(total, has_aux=True)(point)
             # One that is not finite points nowhere, and must not spread to the other pixels.
-            g = jnp.where(jnp.isfinite(g), g, 0)
-            if threat.norm == "linf":
-                direction = jnp.sign(g)
-            else:
-                direction = g / jnp.maximum(_l2(g), jnp.finfo(g.dtype).tiny)
-            return project(x_attacked + step_size * direction, x, threat)
+            return values, jnp.where(jnp.isfinite(g), g, 0)
 
-        return jax.lax.fori_loop(0, n_steps, step, start)
+        if rule == "apgd":
+            return ascent.adaptive(climb, start, x, threat=threat, n_steps=n_steps)
+        return ascent.fixed(climb, start, x, threat=threat, n_steps=n_steps, step_size=step_size)
 
     def run(start):
-        return over_rows(ascend, (start, x, y), (logits_fn, step_size))
+        return over_rows(ascend, (start, x, y, aim), (logits_fn, step_size))
 
     if n_restarts == 1:
-        return run(x if key is None else _random_start(key, x, threat))
+        return run(x if key is None else random_start(key, x, threat))
 
     def score(x_attacked):
         # A fooled image beats every unfooled one; among equals the larger loss wins.
-        value, (logits, targets) = losses(logits_fn, x_attacked, y)
+        value, (logits, targets) = losses(logits_fn, x_attacked, y, aim)
         wrong = logits.argmax(1) != targets.argmax(1)
         return wrong, value
 
     def restart(i, best):
         x_best, wrong_best, value_best = best
-        x_new = run(_random_start(jax.random.fold_in(key, i), x, threat))
+        x_new = run(random_start(jax.random.fold_in(key, i), x, threat))
         wrong, value = score(x_new)
         better = (wrong & ~wrong_best) | ((wrong == wrong_best) & (value > value_best))
         mask = better.reshape(-1, *[1] * (x.ndim - 1))
@@ -201,18 +146,6 @@ def _pgd(logits_fn, x, y, step_size, key, threat, n_steps, loss, n_restarts):
         )
 
     return jax.lax.fori_loop(0, n_restarts, restart, (x, *score(x)))[0]
-
-
-def _random_start(key, x, threat):
-    if threat.norm == "linf":
-        noise = jax.random.uniform(key, x.shape, x.dtype, -threat.epsilon, threat.epsilon)
-    else:
-        direction_key, radius_key = jax.random.split(key)
-        noise = jax.random.normal(direction_key, x.shape, x.dtype)
-        radius = jax.random.uniform(radius_key, (len(x), *[1] * (x.ndim - 1)), x.dtype)
-        radius = threat.epsilon * radius ** (1 / x[0].size)
-        noise = radius * noise / _l2(noise)
-    return project(x + noise, x, threat)
 
 
 def predict(logits_fn, x, *, batch_size) -> jax.Array:
@@ -249,7 +182,7 @@ def input_gradient_norm(logits_fn, x, y) -> jax.Array:
 def _gradient_norm(logits_fn, x, y):
     def norm(rows, logits_fn):
         x, y = rows
-        return _l2(jax.grad(lambda x: cross_entropy(logits_fn(x), y).sum())(x)).reshape(-1)
+        return l2_length(jax.grad(lambda x: cross_entropy(logits_fn(x), y).sum())(x)).reshape(-1)
 
     return over_rows(norm, (x, y), logits_fn)
 

@@ -65,6 +65,11 @@ class Section(pydantic.BaseModel):
         """
         return type(self).from_params(merged(self.to_dict(), changes))
 
+    def at_default(self, *names: str) -> tuple[str, ...]:
+        """Those of the settings that have their default values."""
+        fields = type(self).model_fields
+        return tuple(name for name in names if getattr(self, name) == fields[name].default)
+
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Self:
         """From a mapping of sections (or settings) to values.

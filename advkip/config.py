@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from advkip import method_settings as m
 from advkip import settings as s
 from advkip.checked import Loader, Section, Strings, merged
 
@@ -44,9 +45,9 @@ class Experiment(Section):
     threat: s.Threat = s.Threat()
     """of distillation, training and evaluation"""
     threat_l2: s.ThreatL2 = s.ThreatL2()
-    adv_kip: s.Distillation | None = s.Distillation()
+    adv_kip: m.Distillation | None = m.Distillation()
     """null leaves it out"""
-    kip: Annotated[s.Distillation | None, _over(s.KIP)] = s.KIP
+    kip: Annotated[m.Distillation | None, _over(m.KIP)] = m.KIP
     """the baseline without an inner maximum (Table 9); null leaves it out"""
     networks: s.Common = s.Common()
     fully_connected: Annotated[s.Networks, _over(s.FULLY_CONNECTED)] = s.FULLY_CONNECTED
@@ -110,7 +111,7 @@ class Experiment(Section):
         """Which sets are distilled."""
         return tuple(name for name in s.METHODS if self.distillation(name))
 
-    def distillation(self, method: s.Method) -> s.Distillation | None:
+    def distillation(self, method: s.Method) -> m.Distillation | None:
         """The settings of a method."""
         return {"adv-kip": self.adv_kip, "kip": self.kip}[method]
 

@@ -25,7 +25,7 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CI
 STREAMS = {
     "validation": 1, "support": 2, "test": 3, "target": 4, "weights": 5,
     "order": 6, "noise": 7, "original": 8, "watched": 9, "dropout": 10, "robust": 11,
-    "diagnosis": 12,
+    "diagnosis": 12, "inner": 13, "copies": 14,
 }  # fmt: skip
 
 
@@ -318,7 +318,8 @@ def split(dataset: Dataset, experiment: Experiment) -> Splits:
     y, asked = dataset.y_train, experiment.dataset
     validation = draw(y, asked.n_validation, "validation", "dataset.n_validation")
     pool = np.setdiff1d(np.arange(len(y)), validation)
-    support = pool[draw(y[pool], experiment.support.n_support, "support", "support.n_support")]
+    n_support = experiment.support.n_support // experiment.support.copies
+    support = pool[draw(y[pool], n_support, "support", "support.n_support")]
     n_target = experiment.support.n_target
     if n_target > len(pool):
         raise ValueError(

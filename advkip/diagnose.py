@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from advkip import evaluate, nets, probes
+from advkip.attack_names import ATTACK_PARTS
 from advkip.progress import tqdm
 from advkip.questions import Case
-from advkip.settings import ATTACK_PARTS
 from advkip.verdict import Diagnosis
 
 

@@ -120,12 +120,20 @@ def distill(
 
 
 def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
-    """(X_S, Y_S) as drawn from the training data: float images, (centred) one-hot labels."""
-    y = data.one_hot(
-        splits.y_support, splits.n_classes, center=experiment.support.center_labels,
-        dtype=experiment.kernel.dtype,
-    )  # fmt: skip
-    return splits.x_support, y
+    """(X_S, Y_S) as drawn from the training data: float images, (centred) one-hot labels.
+
+    Of `support.copies`, the first has the images as they are; noise and mirror are of the others.
+    """
+    support, x, y = experiment.support, splits.x_support, splits.y_support
+    stream, copies = data.generator(experiment.seed, "copies"), [x]
+    for i in range(1, support.copies):
+        copy = x[:, :, ::-1] if support.mirror and i % 2 else x
+        noise = stream.uniform(-1, 1, x.shape) * support.copy_noise
+        copies.append(np.clip(copy + noise, 0, 1).astype(x.dtype))
+    labels = support.label_scale * data.one_hot(
+        y, splits.n_classes, center=support.center_labels, dtype=experiment.kernel.dtype
+    )
+    return np.concatenate(copies), np.tile(labels, (support.copies, 1))
 
 
 def _result(state, initial, reason, about):

@@ -23,13 +23,15 @@ PAGES = {
 """Pages of the site, and the project's files that they are made from."""
 
 LAYERS = {
-    "ground": "checked settings config grid files store progress inputs devices",
-    "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr attacks "
-    "compat",
+    "ground": "attack_names checked settings method_settings config grid files store progress "
+    "inputs devices",
+    "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr "
+    "losses threat ascent attacks worst_case compat",
     "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
-    "sets": "data optimizers algorithm distill features sets",
+    "sets": "data optimizers objective algorithm distill features sets",
     "judgement": "models evaluate verdict questions diagnose",
-    "paper": "figures preflight records tables report panel signals execute sweep run docs",
+    "paper": "figures preflight records tables ablation texts report panel signals execute "
+    "sweep run docs",
 }
 """Modules of the package, in the order of what they build on."""
 

@@ -27,10 +27,10 @@ import torch
 
 import advkip
 from advkip import attacks, files, inputs, krr, nets, store
+from advkip.attack_names import Attack
 from advkip.config import Experiment
 from advkip.models import judged
 from advkip.progress import tqdm
-from advkip.settings import Attack
 
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a"}
-NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD"}
+COLOURS = {"clean": "#2f6f9f", "fgsm": "#d98c1f", "pgd": "#b3343a", "strong": "#5b3a8c"}
+NAMES = {"clean": "clean", "fgsm": "FGSM", "pgd": "PGD", "strong": "worst of several losses"}
 
 
 CLASSES = {
@@ -34,7 +34,7 @@ def save(figure, folder, name) -> Figure:
 
 
 def training_curves(histories, *, against="step", images="validation") -> Figure:
-    """Figures 1 and 3: clean, FGSM and PGD accuracy against outer steps or epochs.
+    """Figures 1 and 3: accuracy, clean and under attack, against outer steps or epochs.
 
     Args:
       histories: {title: history of `distill.Distilled` or `training.Trained`}.
@@ -45,9 +45,9 @@ def training_curves(histories, *, against="step", images="validation") -> Figure
     prefix = "test_" if images == "test" else ""
     for axis, (title, history) in zip(axes, histories.items(), strict=True):
         steps = [line[against] for line in history]
-        for key, colour in COLOURS.items():
+        for key in (key for key in NAMES if prefix + key in history[0]):
             values = [100 * line[prefix + key] for line in history]
-            axis.plot(steps, values, color=colour, label=NAMES[key], marker=".")
+            axis.plot(steps, values, color=COLOURS[key], label=NAMES[key], marker=".")
         axis.set(title=title, ylim=(-2, 102))
         axis.set_xlabel("outer step" if against == "step" else against)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,7 +70,7 @@ def gradient_norms(histories) -> Figure:
 
 
 def learning_rates(searches) -> Figure:
-    """Validation accuracy, clean and under PGD, against the learning rate.
+    """Validation accuracy, clean and under the attack that chooses, against the learning rate.
 
     Args:
       searches: {title: `training.Search`}.
@@ -78,7 +78,8 @@ def learning_rates(searches) -> Figure:
     figure, axes = _panels(len(searches), sharey=True)
     for axis, (title, found) in zip(axes, searches.items(), strict=True):
         rates = sorted(found.runs)
-        for key, name in (("clean", "clean"), ("score", "pgd")):
+        attack = "strong" if "strong" in [*found.best[0].history, {}][0] else "pgd"
+        for key, name in (("clean", "clean"), ("score", attack)):
             values = [100 * getattr(found.runs[rate], key) for rate in rates]
             axis.semilogx(rates, values, color=COLOURS[name], label=NAMES[name], marker="o")
         axis.axvline(found.learning_rate, color="#888888", ls=":", label="chosen")

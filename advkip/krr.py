@@ -255,7 +255,7 @@ class SupportGradient(NamedTuple):
     fitted: Fit  # the one given, which may have a new factor in the memory of its old one
 
 
-def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
+def support_gradient(fitted, x_target, y_target, *, loss, weights=None) -> SupportGradient:
     """L(f(X_T)) and its exact gradient with respect to the support (the outer steps of Eq. 7).
 
     Args:
@@ -264,7 +264,7 @@ def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
       x_target: the (attacked) target images, shape (T, ...); constants of this gradient.
       y_target: their labels, shape (T, C).
       loss: loss(logits, labels) of each image, from shapes (n, C) to (n,), a hashable function;
-        L is the mean.
+        L is the mean, or the sum with `weights` (T,).
 
     Returns:
       A `SupportGradient`. Cost: 4 S T D + 3 S^2 D + O(S^2 C) operations.
@@ -272,9 +272,10 @@ def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
     kernel, x, alpha = fitted.machine.kernel, fitted.machine.x_support, fitted.machine.alpha
     diag_reg, block_size = fitted.system.diag_reg, fitted.system.block_size
     n, n_target = len(x), len(x_target)
-    x_target, y_target = everywhere(x_target), everywhere(y_target)
+    weights = jnp.full(n_target, 1 / n_target, x.dtype) if weights is None else weights
+    target = tuple(map(everywhere, (x_target, y_target, weights)))
     size = even_size(n_target, block_size or rows_of_tile(kernel, n))
-    value, gradient, k_st_g = _pull_target(kernel, loss, size, x, alpha, x_target, y_target)
+    value, gradient, k_st_g = _pull_target(kernel, loss, size, x, alpha, target)
     b, system = solver.solve(fitted.system, k_st_g)
     diagonal = -(b * alpha).sum(1) - diag_reg / n * (b * alpha).sum()
     gradient = _pull_diagonal(kernel, gradient, x, diagonal)
@@ -285,12 +286,12 @@ def support_gradient(fitted, x_target, y_target, *, loss) -> SupportGradient:
 
 
 @partial(jit, static_argnums=(0, 1, 2))
-def _pull_target(kernel, loss, size, x, alpha, x_target, y_target):
+def _pull_target(kernel, loss, size, x, alpha, target):
     """L, the part of dL/dX_S that flows through K_TS, and K_ST G, summed over target batches.
 
     A batch at the end is moved back to fit; what it shares with the one before has weight 0.
     """
-    n = len(x_target)
+    n = len(target[0])
 
     def pull(rows, support):
         (x_target, y_target, weights), (x, alpha) = rows, support
@@ -302,9 +303,9 @@ def _pull_target(kernel, loss, size, x, alpha, x_target, y_target):
 
     def add(batch, sums):
         start = jnp.minimum(batch * size, n - size)
-        weights = jnp.where(start + jnp.arange(size) >= batch * size, 1 / n, 0).astype(x.dtype)
-        rows = (rows_from(x_target, start, size), rows_from(y_target, start, size), weights)
-        parts = over_rows(pull, rows, (x, alpha))
+        own = start + jnp.arange(size) >= batch * size
+        *rows, weights = (rows_from(part, start, size) for part in target)
+        parts = over_rows(pull, (*rows, jnp.where(own, weights, 0)), (x, alpha))
         return jax.tree.map(lambda total, part: total + part.sum(0), sums, parts)
 
     sums = jnp.zeros((), x.dtype), jnp.zeros_like(x), jnp.zeros_like(alpha)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from advkip import attacks, bridge, krr, nets, probes, torch_attacks
-from advkip.settings import UNTARGETED_PARTS, Attack
+from advkip.attack_names import UNTARGETED_PARTS, Attack
 
 BATCH = 100 if nets.device().type == "cpu" else 500
 """Images that a network is given at a time."""

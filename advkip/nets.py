@@ -4,8 +4,11 @@ Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisat
 layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
 """
 
+import copy
+import math
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +16,15 @@ import torchvision
 from torch import nn
 
 from advkip import data
+from advkip.settings import FC_NET
 
 
 def build(name, *, shape, n_classes, seed) -> nn.Module:
     """A network with random weights that derive from the seed alone.
 
     Args:
-      name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'simple-cnn' (three 3x3
+      name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'fc3-1024-ntk' (the same
+        as the kernel has it at infinite width, see `Lazy`), 'simple-cnn' (three 3x3
         convolutions of width 64, each with ReLU and 2x2 max-pooling, one linear layer),
         'alexnet' or 'vgg11' (torchvision's layers with the first strides and the pooling made for
         small images; vgg11 with batch normalisation).
@@ -34,12 +39,16 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
       ValueError: another name.
     """
     height, width, channels = shape
-    match = re.fullmatch(r"fc([1-9]\d?)-([1-9]\d*)", name)
+    net: Any
+    match = re.fullmatch(FC_NET, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
         if match:
-            depth, hidden = map(int, match.groups())
-            net = _fully_connected(height * width * channels, depth, hidden, n_classes)
+            depth, hidden = int(match[1]), int(match[2])
+            linear = NTKLinear if match[3] else nn.Linear
+            net = _fully_connected(height * width * channels, depth, hidden, n_classes, linear)
+            if match[3]:
+                net = Lazy(net)
         elif name in BUILDERS:
             net = BUILDERS[name](shape, n_classes)
         else:
@@ -51,12 +60,47 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     return net.to(device(), memory_format=torch.channels_last)
 
 
-def _fully_connected(n_inputs, depth, width, n_classes):
+def _fully_connected(n_inputs, depth, width, n_classes, linear):
     sizes = [n_inputs, *[width] * depth]
     layers = [nn.Flatten()]
     for before, after in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, n_classes))
+        layers += [linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, linear(width, n_classes))
+
+
+class NTKLinear(nn.Linear):
+    """y = W_std W x / sqrt(n) + b_std b for n inputs, all weights from N(0, 1) at the start.
+
+    Gradient descent on it at infinite width is kernel regression with `kernels.FullyConnected` of
+    the same W_std and b_std (Jacot et al. 2018), with learning rates that do not depend on widths.
+    """
+
+    W_std, b_std = math.sqrt(2), 0.1
+
+    def reset_parameters(self):
+        """Draws the weights."""
+        nn.init.normal_(self.weight)
+        nn.init.normal_(self.bias)
+
+    def forward(self, x) -> torch.Tensor:
+        scale = self.W_std / math.sqrt(self.in_features)
+        return nn.functional.linear(x, scale * self.weight, self.b_std * self.bias)
+
+
+class Lazy(nn.Module):
+    """f(x) - f_0(x), f_0 being the network f as it was drawn: 0 at the start, as in Eq. 4."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.initial = copy.deepcopy(net)
+        for module in self.initial.modules():
+            for name, weights in list(module._parameters.items()):
+                delattr(module, name)
+                module.register_buffer(name, weights.detach())
+        self.net = net
+
+    def forward(self, x) -> torch.Tensor:
+        return self.net(x) - self.initial(x)
 
 
 def _simple_cnn(shape, n_classes):

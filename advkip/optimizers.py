@@ -2,7 +2,7 @@
 
 import optax
 
-from advkip.settings import Distillation
+from advkip.method_settings import Distillation
 
 
 def learning_rate(start, settings: Distillation) -> float | optax.Schedule:

@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from advkip import algorithm, attacks, data, distill, figures, kernels, krr, models, torch_attacks
+from advkip.attack_names import Attack
 from advkip.config import Experiment
-from advkip.settings import Attack
 
 NEIGHBOURS = 4
 """Support images that speak loudest for an answer."""

@@ -3,8 +3,9 @@
 import numpy as np
 
 from advkip import data, files, inputs
+from advkip.attack_names import Attack
 from advkip.config import Experiment, sections
-from advkip.settings import PUBLISHED, SETS, Attack, is_path
+from advkip.settings import PUBLISHED, SETS, is_path
 
 
 def check(experiment: Experiment) -> None:

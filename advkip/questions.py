@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from advkip import evaluate, hard_label, models, nets, probes, torch_attacks, verdict
+from advkip.attack_names import ATTACK_PARTS, UNTARGETED_PARTS
 from advkip.attacks import Threat
-from advkip.settings import ATTACK_PARTS, UNTARGETED_PARTS
 from advkip.verdict import CHANCE, NOTHING, ONE_ANSWER, OTHER, STEADY, Diagnosis
 
 DRAWS = 10

@@ -28,6 +28,7 @@ class Recipe:
       threat, step_size: of the attacks below.
       eval_every: epochs between two lines of the history.
       eval_pgd_steps: PGD steps of the robust validation accuracy.
+      choose_by: 'pgd', or 'worst-case' of several losses (see `worst_case`).
       patience: stop after this many epochs without a better one; None means never.
       adversarial_steps: PGD steps, from a random start, on each training batch (Madry et al.
         2018); 0 is plain training.
@@ -47,6 +48,7 @@ class Recipe:
     target: str = "argmax"
     eval_every: int = 10
     eval_pgd_steps: int = 20
+    choose_by: str = "pgd"
     patience: int | None = None
     adversarial_steps: int = 0
     adversarial_warmup: int = 0
@@ -78,13 +80,17 @@ class Recipe:
         threat = experiment.threat
         return cls(
             learning_rate=section.learning_rates[0], threat=Threat(threat.norm, threat.epsilon),
-            step_size=threat.step_size, eval_pgd_steps=experiment.networks.pgd_steps, **own,
+            step_size=threat.step_size, eval_pgd_steps=experiment.networks.pgd_steps,
+            choose_by=experiment.networks.choose_by, **own,
         )  # fmt: skip
 
     def identity(self) -> dict:
         """The settings that a state of training depends on, as plain JSON values."""
         rest = dataclasses.asdict(self)
-        return {k: v for k, v in rest.items() if k not in ("epochs", "patience")}
+        free = ["epochs", "patience"]
+        if self.choose_by == "pgd":  # as in states of before there was a choice
+            free.append("choose_by")
+        return {k: v for k, v in rest.items() if k not in free}
 
 
 def targets(y, n, recipe) -> torch.Tensor:

@@ -4,14 +4,29 @@ The defaults are the seconds-on-a-CPU case on scikit-learn's digits, and the onl
 show them. `null` means "none", "never" or "all", as the field says.
 """
 
-import re
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from advkip.checked import Count, Epochs, NotNegative, Positive, Rates, Section, Strings, listed
+from advkip.attack_names import named_attack
+from advkip.checked import (
+    Count,
+    Epochs,
+    NotNegative,
+    Positive,
+    Rates,
+    Section,
+    Strings,
+    listed,
+)  # fmt: skip
 
 Loss = Literal["cross-entropy", "mse"]
+"""Of networks."""
+
+Chooser = Literal["pgd", "worst-case"]
+"""What chooses on validation images: PGD with the cross-entropy, as in the paper, or the worst case
+of several losses (see `worst_case`), without which no AutoAttack accuracy is to be reported."""
+
 Method = Literal["adv-kip", "kip"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
 SETS = ("original", *METHODS, "robust-features")
@@ -23,62 +38,19 @@ def is_path(name: str) -> bool:
     return name not in SETS
 
 
-FC_NET = r"fc([1-9]\d?)-([1-9]\d*)"
-"""Names of fully connected networks: hidden layers, width."""
+FC_NET = r"fc([1-9]\d?)-([1-9]\d*)(-ntk)?"
+"""Names of fully connected networks: hidden layers, width; the NTK's parametrisation."""
 
 CNNS = ("simple-cnn", "alexnet", "vgg11")
-ATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""What AutoAttack 'standard' runs, in its order."""
-
-UNTARGETED_PARTS = ("apgd-ce", "square")
-"""Those that work with two classes; the others need four."""
-
-OPTIMIZERS = Literal[
-    "adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rmsprop", "sgd", "yogi"
-]
-"""Optax optimisers that take nothing but a learning rate."""
-
-
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 
 
-class Attack(NamedTuple):
-    """What an attack's name says: 'fgsm', 'pgd40', 'pgd40x5', 'autoattack', a part of it; '-l2'."""
-
-    name: str
-    kind: str  # "clean", "fgsm", "pgd", "autoattack" or one of ATTACK_PARTS
-    n_steps: int = 0  # of PGD
-    n_restarts: int = 0  # random starts of PGD; 0 starts from the image itself
-    l2: bool = False  # in the l2 ball beside an l_inf threat
-
-    @classmethod
-    def parse(cls, name: str) -> "Attack":
-        """Raises ValueError: not such a name."""
-        kinds = "|".join(("clean", "fgsm", "autoattack", *ATTACK_PARTS))
-        pattern = rf"({kinds}|(pgd)([1-9]\d*)(?:x([1-9]\d*))?)(-l2)?"
-        found = re.fullmatch(pattern, name)
-        if not found:
-            raise ValueError(
-                f"expected attacks 'fgsm', 'pgd10', 'pgd40x5', 'autoattack' or one of "
-                f"{ATTACK_PARTS}, with '-l2' behind it or not, got {name!r}; pass one of them"
-            )
-        whole, pgd, steps, restarts, l2 = found.groups()
-        return cls(name, pgd or whole, int(steps or 0), int(restarts or 0), bool(l2))
-
-    @property
-    def targeted(self) -> bool:
-        """Whether it has losses towards each of three other classes or more."""
-        return self.kind in ("autoattack", "apgd-t", "fab-t")
-
-
-def _attack(name: str) -> str:
-    return Attack.parse(name).name
-
-
 Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{'|'.join(CNNS)})$")]
 Nets = Annotated[tuple[Net, ...], BeforeValidator(listed)]
-Attacks = Annotated[tuple[Annotated[str, AfterValidator(_attack)], ...], BeforeValidator(listed)]
+Attacks = Annotated[
+    tuple[Annotated[str, AfterValidator(named_attack)], ...], BeforeValidator(listed)
+]
 
 
 class Data(Section):
@@ -117,6 +89,33 @@ class Support(Section):
     """distil the labels, too"""
     clip: bool = False
     """keep the distilled images in the pixel range"""
+    copies: Count = 1
+    """of each drawn image in the support, which are then optimised apart"""
+    copy_noise: NotNegative = 0.0
+    """half the range of the uniform noise on copies, in pixel units; the first has none"""
+    mirror: bool = False
+    """mirrors half of the target images, and every second copy"""
+    label_scale: Positive = 1.0
+    """what the labels are multiplied by at the start"""
+
+    @model_validator(mode="after")
+    def _copies_differ(self):
+        if self.n_support % self.copies:
+            raise ValueError(
+                f"expected n_support to be a multiple of copies, got {self.n_support} and "
+                f"{self.copies}; pass a multiple"
+            )
+        if self.copies > (2 if self.mirror else 1) and not self.copy_noise:
+            raise ValueError(
+                f"expected copy_noise > 0 with {self.copies} copies, whose kernel matrix is "
+                "singular without, got 0; pass 0.05, say"
+            )
+        return self
+
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """Switches at their defaults, which checkpoints of before did not name."""
+        return self.at_default("copies", "copy_noise", "mirror", "label_scale")
 
 
 class Ball(Section):
@@ -155,49 +154,6 @@ class ThreatL2(Ball):
 
     epsilon: Positive = 128 / 255
     step_size: Positive = 15 / 255
-
-
-class Distillation(Section):
-    """Algorithm 1: the outer minimum (Eq. 7) over an inner maximum (Eq. 8)."""
-
-    n_steps: Count = 60
-    """outer steps at most"""
-    learning_rate: Positive = 1e-2
-    """of the images"""
-    label_learning_rate: Positive = 1e-2
-    schedule: Literal["constant", "cosine", "exponential", "linear"] = "constant"
-    """of both rates, over n_steps; with another than constant a run cannot go on with more steps"""
-    final_rate: Annotated[Positive, Field(le=1)] = 0.01
-    """where a schedule ends, relative to where it begins"""
-    optimizer: OPTIMIZERS = "adam"
-    pgd_steps: Annotated[int, Field(ge=0)] = 10
-    """of the inner maximum; 0 is KIP, 1 is FGSM"""
-    attack_precision: Literal["full", "tfloat32", "bfloat16"] = "full"
-    """of the inner maximum's products; the others use the tensor cores of an accelerator"""
-    inner_loss: Loss = "cross-entropy"
-    outer_loss: Loss = "cross-entropy"
-    logit_scale: Positive = 1.0
-    """logits are multiplied by it in cross-entropies"""
-    eval_pgd_steps: Count = 10
-    """of PGD on validation images, and on test images in notebook 01"""
-    eval_every: Count = 10
-    """outer steps between two lines of the history"""
-    patience: Count | None = None
-    """stop after this many steps without improvement; null: never"""
-    checkpoint_every: Count = 50
-    """outer steps between two checkpoints"""
-    keep_every: Count | None = None
-    """outer steps between two supports that stay, as <method>-<step>.npz; null: the best alone"""
-
-    @property
-    def may_differ(self) -> tuple[str, ...]:
-        """Settings that a checkpoint need not share: no step depends on them.
-
-        A checkpoint at a constant rate names no schedule, and one in full precision no other, as
-        those of before there was a choice.
-        """
-        steps = ("n_steps", "schedule", "final_rate") if self.schedule == "constant" else ()
-        return (*steps, "attack_precision") if self.attack_precision == "full" else steps
 
 
 class Training(Section):
@@ -269,6 +225,8 @@ class Common(Section):
     """validation images that choose, and test images that figures follow"""
     pgd_steps: Count = 20
     """of the robust validation accuracy, and of a verdict's claim"""
+    choose_by: Chooser = "pgd"
+    """what chooses epochs and learning rates on validation images"""
 
 
 class RobustFeatures(Section):
@@ -302,7 +260,6 @@ class Evaluation(Section):
     """test images of the networks' numbers; null: all of data.n_test"""
 
 
-KIP = Distillation(pgd_steps=0, outer_loss="mse", learning_rate=1e-3, label_learning_rate=1e-3)
 FULLY_CONNECTED = Networks(
     nets=("fc3-256",), learning_rates=(1e-4, 3e-4, 1e-3, 3e-3), loss="mse", target="labels"
 )

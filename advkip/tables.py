@@ -1,24 +1,20 @@
 """Markdown tables of records, with the paper's numbers beside them.
-
-`python -m advkip.tables README.md reports/README.md reports/*/results.json` writes the summary
-into the one and all rows into the other.
+`texts` writes them into README.md and reports/README.md.
 """
 
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from importlib import resources
-from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import yaml
 
 from advkip import records
+from advkip.attack_names import Attack
 from advkip.config import FREE, Experiment, by_path
-from advkip.settings import Attack
 
 ADVERSARIAL = "original, adversarial training"
 
@@ -62,7 +58,7 @@ def lines(found: list[dict]) -> list[Line]:
     for record in found:
         e, seen = record["experiment"], defaultdict(list)
         # The settings keep apart what only looks alike; they are not shown.
-        settings = json.dumps(_that_matter(e), sort_keys=True)
+        settings = json.dumps(that_matter(e), sort_keys=True)
 
         def line_of(row, e=e, settings=settings, seen=seen):
             n = row.get("n_train", e["support"]["n_support"])
@@ -110,7 +106,7 @@ def accuracy(found, *, tables=None, models=None) -> str:
     )
 
 
-def _that_matter(experiment):
+def that_matter(experiment) -> dict:
     """The settings that tell experiments of several seeds apart, by path.
 
     Those at their default are left out: a record of before there was a setting lacks it.
@@ -158,10 +154,10 @@ def _checks_part(diagnoses):
         of_models = [next((c for c in one["checks"] if c["name"] == name), None) for one in found]
         limit = next(c["limit"] for c in of_models if c)
         lines.append([f"{name} (at most {limit:.0%})", *map(_checked_cell, of_models)])
-    return _markdown(lines, "l" + "r" * len(titles))
+    return markdown(lines, "l" + "r" * len(titles))
 
 
-def _markdown(rows, columns):
+def markdown(rows, columns) -> str:
     """A table of rows of text, the head first; each column is 'l', left, or 'r', right."""
     head, *body = rows
     rule = [{"l": "---", "r": "---:"}[one] for one in columns]
@@ -201,7 +197,7 @@ def _one_table(data_set, shown):
         + [cell(line.cells.get(attack)) for attack in attacks]
         for line in shown
     ]
-    return _markdown([head, *body], "llrlr" + "r" * len(attacks))
+    return markdown([head, *body], "llrlr" + "r" * len(attacks))
 
 
 def _rank(attack):
@@ -243,7 +239,7 @@ DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
 def summary(found) -> str:
     """`summary_rows` as Markdown."""
     rows = summary_rows(found)
-    return _markdown(rows, "ll" + "r" * (len(rows[0]) - 2))
+    return markdown(rows, "ll" + "r" * (len(rows[0]) - 2))
 
 
 def summary_rows(found) -> list[list[str]]:
@@ -269,32 +265,3 @@ def summary_rows(found) -> list[list[str]]:
             rows[-1] += [cell(own.cells.get(k), 1) if own else "" for k in ("clean", "autoattack")]
             rows[-1] += [cell(other.cells["autoattack"], 1) if other else ""]
     return rows
-
-
-def updated(text, mark, table) -> str:
-    """A text with a table between its marks <!-- mark --> and <!-- /mark -->.
-
-    Raises:
-      ValueError: no such marks.
-    """
-    start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-    before, _, rest = text.partition(start)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise ValueError(f"expected {start.strip()} and {end} in the text; add them")
-    return f"{before}{start}{table}\n{end}{after}"
-
-
-def main(readme, report, *paths) -> None:
-    """Writes `summary` into a README and `accuracy` into the report's."""
-    found = [records.read(path) for path in paths]
-    for path, mark, table in ((readme, "summary", summary), (report, "results", accuracy)):
-        Path(path).write_text(updated(Path(path).read_text(), mark, table(found)))
-
-
-if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(
-            "usage: python -m advkip.tables README.md reports/README.md reports/*/results.json"
-        )
-    main(*sys.argv[1:])

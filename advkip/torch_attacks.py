@@ -5,12 +5,13 @@ so put it into evaluation mode first.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from advkip import inputs
 from advkip.attacks import check_numbers
+from advkip.worst_case import N_STEPS, plans, rivals
 
 
 def project(x, x_original, threat) -> torch.Tensor:
@@ -53,6 +54,15 @@ def dlr(logits, y) -> torch.Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 
 
+def towards(classes) -> Callable:
+    """The loss z_t - z_right towards classes t, integers (n,): a margin with a fixed target."""
+
+    def targeted(logits, y):
+        return (logits.gather(1, classes[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+    return targeted
+
+
 def log_odds(logits, y) -> torch.Tensor:
     """log((1 - p) / p) of the softmax p of the right class, shape (n,); y integers (n,).
 
@@ -74,6 +84,10 @@ LOSSES = {
 }  # fmt: skip
 
 
+def _loss(loss):
+    return loss if callable(loss) else LOSSES[loss]
+
+
 def input_gradient(
     net, x, y, *, loss="cross-entropy"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,7 +95,7 @@ def input_gradient(
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = net(x)
-        losses = LOSSES[loss](logits, y)
+        losses = _loss(loss)(logits, y)
         (gradient,) = torch.autograd.grad(losses.sum(), x)
     return losses.detach(), gradient, logits.detach()
 
@@ -101,7 +115,8 @@ def pgd(
       x: clean images in [threat.low, threat.high]; y: integers (n,) or distributions (n, C).
       threat: an `attacks.Threat`.
       n_steps, step_size: step_size in pixel units.
-      loss: a key of LOSSES, what is maximised; 'margin', 'dlr', 'log-odds' want integers.
+      loss: a key of LOSSES, or a function such as `towards` makes, what is maximised; 'margin',
+        'dlr', 'log-odds' and `towards` want integers.
       n_restarts: keeps, per image, the run with a wrong prediction, else the largest loss.
       generator: a torch generator for random starts; None starts from the image itself.
 
@@ -111,7 +126,8 @@ def pgd(
     Raises:
       ValueError: bad numbers, labels that do not fit, restarts without a generator.
     """
-    check_numbers(n_steps, step_size, n_restarts, loss, LOSSES)
+    known = "margin" if callable(loss) else loss
+    check_numbers(n_steps, step_size, n_restarts, known, LOSSES)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     inputs.check_label_layout(y, len(x))
@@ -147,7 +163,7 @@ def _worse(net, attacked, y, loss, best):
     """Per image the worse of `attacked` and `best`, as (images, wrong, loss)."""
     with torch.no_grad():
         logits = net(attacked)
-        value = LOSSES[loss](logits, y)
+        value = _loss(loss)(logits, y)
         wrong = logits.argmax(1) != (y if y.dim() == 1 else y.argmax(1))
     if best is None:
         return attacked, wrong, value
@@ -179,3 +195,29 @@ def distance(x, x_original, norm) -> torch.Tensor:
     """Per-image distance in the given norm, shape (n,) (`attacks.distance`)."""
     delta = (x - x_original).flatten(1)
     return delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+
+
+def withstood(net, x, y, *, threat, step_size, left=None, n_steps=N_STEPS) -> torch.Tensor:
+    """Which images a network classifies correctly after every attack of `worst_case`, bool (n,).
+
+    Args:
+      net: in evaluation mode.
+      x, y: images (n, C, H, W) and integers (n,).
+      threat, step_size, n_steps: as of `pgd`.
+      left: bool (n,), the images that are tried at all; None tries those classified correctly.
+    """
+    with torch.no_grad():
+        logits = net(x)
+    left = (logits.argmax(1) == y if left is None else left).clone()
+    classes = torch.as_tensor(rivals(logits.cpu().numpy(), y.cpu().numpy())).to(x.device)
+    for loss, rank in plans(logits.shape[1]):
+        index = left.nonzero().squeeze(1)
+        if not len(index):
+            break
+        attacked = pgd(
+            net, x[index], y[index], threat=threat, n_steps=n_steps, step_size=step_size,
+            loss=towards(classes[index, rank]) if loss == "targeted" else loss,
+        )  # fmt: skip
+        with torch.no_grad():
+            left[index] = net(attacked).argmax(1) == y[index]
+    return left

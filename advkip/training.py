@@ -69,7 +69,8 @@ def train(
     Weights are chosen, and training stops, by robust validation accuracy (PGD from the image
     itself) among those whose clean accuracy is within CLEAN_MARGIN of the best so far; clean
     accuracy tells equal ones apart. The history has lines with epoch, seconds, loss (of the
-    training batches), clean, fgsm and pgd (validation accuracies) and, of the test images,
+    training batches), clean, fgsm, pgd and, if it chooses, strong (validation accuracies; see
+    `robust_accuracies`) and, of the test images,
     test_clean, test_fgsm, test_pgd (Figure 3), and mean cross-entropy and mean input-gradient norm,
     split into images that are classified correctly and wrongly: loss_right, loss_wrong,
     gradient_right, gradient_wrong (Figure 2; None without such images). Nothing is chosen by the
@@ -249,13 +250,14 @@ class _Run:
         line = {"epoch": self.epoch, "seconds": round(self.seconds, 2), "loss": self.loss}
         for prefix, (x, y) in parts.items():
             with nets.deterministic():
-                found = robust_accuracies(self.net, x, y, self.recipe)
+                found = robust_accuracies(self.net, x, y, self.recipe, strong=not prefix)
             split = {k: found.pop(k) for k in list(found) if "_" in k}
             line |= {prefix + key: value for key, value in found.items()}
             if prefix:
                 line |= split
         self.history.append(line)
-        score = (line["pgd"], line["clean"])
+        chosen = "strong" if self.recipe.choose_by == "worst-case" else "pgd"
+        score = (line[chosen], line["clean"])
         clean = max(one["clean"] for one in self.history)
         outdated = self.best_score[1] < clean - CLEAN_MARGIN
         if line["clean"] >= clean - CLEAN_MARGIN and (outdated or score > self.best_score):
@@ -294,38 +296,42 @@ _NOTES = ("epoch", "loss", "history", "seconds", "best_epoch", "best_score")
 """Parts of a run that are no weights or moments."""
 
 
-def robust_accuracies(net, x, y, recipe: Recipe) -> dict:
+def robust_accuracies(net, x, y, recipe: Recipe, *, strong=True) -> dict:
     """Accuracies, and loss and input-gradient norm by right and wrong, of a net on images.
 
     Args:
       net: in evaluation mode.
       x, y: tensors of images in [0, 1] and integers.
-      recipe: whose threat, step_size and eval_pgd_steps are used.
+      recipe: whose threat, step_size, eval_pgd_steps and choose_by are used.
+      strong: whether to measure the worst case, if the recipe chooses by it.
 
     Returns:
-      A dict: clean, fgsm, pgd (the worst case of each image, as in `evaluate`), loss_right,
-      loss_wrong, gradient_right, gradient_wrong.
+      A dict: clean, fgsm, pgd (the worst case of each image, as in `evaluate`), strong (of these
+      and of several losses), loss_right, loss_wrong, gradient_right, gradient_wrong.
     """
+    strong = strong and recipe.choose_by == "worst-case"
     parts = []
     for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True):
         losses, gradient, logits = torch_attacks.input_gradient(net, a, b)
         right = logits.argmax(1) == b
+        ball = {"threat": recipe.threat, "step_size": recipe.step_size}
         weak = torch_attacks.fgsm(net, a, b, threat=recipe.threat)
-        strong = torch_attacks.pgd(
-            net, a, b, threat=recipe.threat, n_steps=recipe.eval_pgd_steps,
-            step_size=recipe.step_size,
-        )  # fmt: skip
+        attacked = torch_attacks.pgd(net, a, b, n_steps=recipe.eval_pgd_steps, **ball)
         with torch.no_grad():
             fgsm = right & (net(weak).argmax(1) == b)
-            pgd = fgsm & (net(strong).argmax(1) == b)
-        parts.append((right, fgsm, pgd, losses, gradient.flatten(1).norm(dim=1)))
-    right, fgsm, pgd, losses, norms = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
+            pgd = fgsm & (net(attacked).argmax(1) == b)
+        worst = torch_attacks.withstood(net, a, b, left=pgd, **ball) if strong else pgd
+        parts.append((right, fgsm, pgd, worst, losses, gradient.flatten(1).norm(dim=1)))
+    right, fgsm, pgd, worst, losses, norms = (
+        torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True)
+    )
 
     def mean(values):
         return float(values.mean()) if len(values) else None
 
     return {
         "clean": mean(right), "fgsm": mean(fgsm), "pgd": mean(pgd),
+        **({"strong": mean(worst)} if strong else {}),
         "loss_right": mean(losses[right]), "loss_wrong": mean(losses[~right]),
         "gradient_right": mean(norms[right]), "gradient_wrong": mean(norms[~right]),
     }  # fmt: skip

@@ -70,13 +70,13 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from advkip import (
-    attacks,
     data,
     distill,
     evaluate,
     figures,
     kernels,
     krr,
+    losses,
     records,
     sets,
     tables,
@@ -241,7 +241,7 @@ for found in outcomes.values():
 # %% tags=["solution"] jupyter={"source_hidden": true}
 ntk, labels = kernels.of(experiment.kernel), data.one_hot(splits.y_validation, splits.n_classes)
 x_s, y_s = distill.initial_support(experiment, splits)
-at_start = {"loss": attacks.cross_entropy}
+at_start = {"loss": losses.cross_entropy}
 fitted = krr.fit(ntk, x_s, y_s, diag_reg=experiment.kernel.diag_reg)
 found = krr.support_gradient(fitted, splits.x_validation, labels, **at_start)
 h = 0.01 / float((found.y_support**2).sum())

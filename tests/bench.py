@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advkip import algorithm, attacks, data, distill, gram, kernels, krr, solver
+from advkip import algorithm, attacks, data, distill, gram, kernels, krr, losses, solver
 from advkip.config import Experiment
 from tests import stax_networks, threads
 
@@ -82,11 +82,11 @@ def solve(net, x_s, y_s):
 
 def loss(x_t, y_t, x_s, y_s):
     net = stax_networks.fully_connected(DEPTH)
-    return attacks.cross_entropy(net(x_t, x_s, "ntk") @ solve(net, x_s, y_s), y_t).mean()
+    return losses.cross_entropy(net(x_t, x_s, "ntk") @ solve(net, x_s, y_s), y_t).mean()
 
 
 def loss_of_alpha(x_t, y_t, x_s, alpha):
-    return attacks.cross_entropy(
+    return losses.cross_entropy(
         stax_networks.fully_connected(DEPTH)(x_t, x_s, "ntk") @ alpha, y_t
     ).mean()
 
@@ -121,7 +121,7 @@ def our_step(work):
             n_steps=n_steps, step_size=step_size,
         )  # fmt: skip
         x = attacks.in_batches(attack, x_t, y_t, batch_size=rows) if n_steps else x_t
-        gradient = krr.support_gradient(fitted, x, y_t, loss=attacks.cross_entropy)
+        gradient = krr.support_gradient(fitted, x, y_t, loss=losses.cross_entropy)
         return gradient.x_support, gradient.y_support, fitted.machine, fitted.system.ridge
 
     return step

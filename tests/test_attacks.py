@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import attacks, kernels, krr
+from advkip import attacks, kernels, krr, losses
 from advkip.attacks import Threat
 
 SHAPE = (3, 4, 1)
@@ -111,7 +111,7 @@ def test_restarts_keep_the_worst(rng, norm):
 
     def loss_and_wrong(points):
         out = logits(points)
-        return attacks.cross_entropy(out, jax.nn.one_hot(y, 3)), out.argmax(1) != y
+        return losses.cross_entropy(out, jax.nn.one_hot(y, 3)), out.argmax(1) != y
 
     few, many = loss_and_wrong(attack(2)), loss_and_wrong(attack(8))
     assert (many[1] | ~few[1]).all()  # what two restarts fool, eight fool
@@ -160,17 +160,17 @@ def test_attack_on_a_kernel_machine_equals_attack_on_plain_autodiff(rng):
     ours = attacks.pgd(machine, x, y, **settings)
     plain = attacks.pgd(lambda x: net[2](x, x_s, "ntk") @ machine.alpha, x, y, **settings)
     np.testing.assert_allclose(ours, plain, atol=1e-12)
-    raised = attacks.cross_entropy(machine(ours), np.eye(3)[y])
-    assert (raised > attacks.cross_entropy(machine(x), np.eye(3)[y])).all()
+    raised = losses.cross_entropy(machine(ours), np.eye(3)[y])
+    assert (raised > losses.cross_entropy(machine(x), np.eye(3)[y])).all()
 
 
 def test_losses_closed_form():
     logits = jnp.asarray([[2.0, 0.0], [0.0, 0.0]])
     targets = jnp.asarray([[1.0, 0.0], [0.25, 0.75]])
     np.testing.assert_allclose(
-        attacks.cross_entropy(logits, targets), [np.log(1 + np.exp(-2)), np.log(2)], rtol=1e-12
+        losses.cross_entropy(logits, targets), [np.log(1 + np.exp(-2)), np.log(2)], rtol=1e-12
     )
-    np.testing.assert_allclose(attacks.mse(logits, targets), [0.5, 0.3125], rtol=1e-12)
+    np.testing.assert_allclose(losses.mse(logits, targets), [0.5, 0.3125], rtol=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 5, 7, 12])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import attacks, bridge, data, evaluate, kernels, krr, nets, torch_attacks
+from advkip import attacks, bridge, data, evaluate, kernels, krr, losses, nets, torch_attacks
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def assert_equal_to_jax(machine, x, y, **settings):
     np.testing.assert_allclose(logits, machine(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
 
     def loss(x):
-        return attacks.cross_entropy(machine(x), jax.nn.one_hot(y, 10, dtype=x.dtype)).sum()
+        return losses.cross_entropy(machine(x), jax.nn.one_hot(y, 10, dtype=x.dtype)).sum()
 
     expected = np.asarray(jax.grad(loss)(jnp.asarray(x)))
     scale = np.abs(expected).max()

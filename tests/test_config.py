@@ -8,7 +8,7 @@ import pydantic
 import pytest
 import yaml
 
-from advkip import attacks, checked, config, settings
+from advkip import attack_names, checked, config, losses, method_settings, settings
 from advkip.config import Experiment
 from tests.sections import changed, experiment, nested
 
@@ -54,7 +54,12 @@ def test_numbers_as_people_write_them():
         ({"kip__final_rate": 1.5}, "kip.final_rate: expected less than or equal to 1, got 1.5"),
         ({"threat__norm": "l1"}, "threat.norm: expected 'linf' or 'l2', got 'l1'"),
         ({"adv_kip__optimizer": "lbfgs"}, "adv_kip.optimizer: expected 'adabelief', .* got 'lbf"),
-        ({"adv_kip__outer_loss": "hinge"}, "adv_kip.outer_loss: expected 'cross-entropy' or 'mse'"),
+        ({"adv_kip__outer_loss": "dlr"}, "adv_kip.outer_loss: expected 'cross-.* got 'dlr'"),
+        ({"adv_kip__restarts": 2}, "adv_kip: expected random_start with 2 restarts, got false"),
+        ({"adv_kip__clean_weight": 1.5}, "adv_kip.clean_weight: expected less than or equal to 1"),
+        ({"support__copies": 3}, "support: expected n_support to be a multiple of copies, got 100"),
+        ({"support__copies": 2}, "support: expected copy_noise > 0 with 2 copies, .* got 0"),
+        ({"support__copies": 4, "support__mirror": True}, "expected copy_noise > 0 with 4 copies"),
         ({"adv_kip__pgd_steps": -1}, "adv_kip.pgd_steps: expected greater than or equal to 0"),
         ({"adv_kip__pgd_steps": 0}, "expected adv_kip.pgd_steps >= 1, got 0; pass adv_kip: null"),
         ({"kip__pgd_steps": 2}, "expected kip.pgd_steps 0, got 2"),
@@ -212,8 +217,11 @@ def test_seeds_of_networks():
 
 
 def test_names_exist_where_they_are_used():
-    assert set(typing.get_args(settings.Loss)) == set(attacks.LOSSES)
-    for name in typing.get_args(settings.OPTIMIZERS):
+    assert set(typing.get_args(settings.Loss)) <= set(losses.LOSSES)
+    inner = {*typing.get_args(method_settings.InnerLoss)} - {"mixture"}
+    assert inner == {*losses.LOSSES, "targeted"} >= set(method_settings.MIXTURE)
+    assert set(typing.get_args(method_settings.OuterLoss)) == set(losses.OUTER)
+    for name in typing.get_args(method_settings.OPTIMIZERS):
         getattr(optax, name)(1e-3)
     assert typing.get_args(settings.Method) == settings.METHODS
 
@@ -236,7 +244,7 @@ def test_is_frozen():
     ],
 )
 def test_names_of_attacks(name, parts):
-    found = settings.Attack.parse(name)
+    found = attack_names.Attack.parse(name)
     assert found == (name, *parts)
     assert found.targeted == (found.kind in ("autoattack", "apgd-t"))
 
@@ -244,7 +252,7 @@ def test_names_of_attacks(name, parts):
 @pytest.mark.parametrize("name", ["pgd", "pgd0", "pgd5x0", "fgsm5", "l2", "cw", "FGSM", "pgd5-l1"])
 def test_other_names_of_attacks(name):
     with pytest.raises(ValueError, match="expected attacks 'fgsm', 'pgd10'"):
-        settings.Attack.parse(name)
+        attack_names.Attack.parse(name)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from advkip import algorithm, attacks, data, distill, kernels, krr, sets
+from advkip import algorithm, attacks, data, distill, kernels, krr, losses, sets
 from advkip.config import Experiment
 from tests.sections import changed, experiment
 
@@ -52,7 +52,7 @@ def reference(experiment, splits, n_steps, method):
         return net(x, x_s, "ntk") @ jnp.linalg.solve(k_ss + ridge, y_s)
 
     def loss(x, labels, support, name):
-        return attacks.LOSSES[name](predict(x, support), labels).mean()
+        return losses.LOSSES[name](predict(x, support), labels).mean()
 
     support = tuple(map(jnp.asarray, distill.initial_support(experiment, splits)))
     settings, threat = experiment.distillation(method), experiment.threat

@@ -38,14 +38,21 @@ def test_curves_of_networks():
 
     class Run:
         def __init__(self, score, clean):
-            self.score, self.clean = score, clean
+            self.score, self.clean, self.history = score, clean, []
 
     class Search:
         learning_rate, runs = 0.1, {0.1: Run(0.4, 0.8), 0.01: Run(0.2, 0.9)}
+        best = list(runs.values())
 
     (axis,) = figures.learning_rates({"net": Search}).axes
     np.testing.assert_allclose(axis.lines[0].get_xydata(), [(0.01, 90), (0.1, 80)])
     np.testing.assert_allclose(axis.lines[1].get_xydata(), [(0.01, 20), (0.1, 40)])
+    assert axis.lines[1].get_label() == "PGD"
+    Search.best[0].history = [line | {"strong": 0.1} for line in HISTORY]
+    (axis,) = figures.learning_rates({"net": Search}).axes
+    assert axis.lines[1].get_label() == "worst of several losses"
+    (axis,) = figures.training_curves({"adv-kip": Search.best[0].history}).axes
+    np.testing.assert_allclose(axis.lines[3].get_ydata(), 10)
 
 
 def test_gradient_norms_and_trade_off_show_the_history():

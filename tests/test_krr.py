@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.kernel_ridge import KernelRidge
 
-from advkip import attacks, data, kernels, krr, residuals
+from advkip import data, kernels, krr, losses, residuals
 from tests import stax_networks
 
 DIAG_REG = 1e-3
@@ -28,16 +28,16 @@ def autodiff_gradient(kernel_fn, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG):
         k_ss = kernel_fn(x_s, x_s, "ntk")
         ridge = diag_reg * jnp.trace(k_ss) / len(x_s)
         alpha = jnp.linalg.solve(k_ss + ridge * jnp.eye(len(x_s), dtype=x_s.dtype), y_s)
-        return attacks.cross_entropy(kernel_fn(x_t, x_s, "ntk") @ alpha, y_t).mean()
+        return losses.cross_entropy(kernel_fn(x_t, x_s, "ntk") @ alpha, y_t).mean()
 
     return jax.grad(loss, (0, 1))(x_s, y_s)
 
 
 def our_gradient(kernel, x_s, y_s, x_t, y_t, diag_reg=DIAG_REG, block_size=0):
     fitted = krr.fit(kernel, x_s, y_s, diag_reg=diag_reg, block_size=block_size)
-    found = krr.support_gradient(fitted, x_t, y_t, loss=attacks.cross_entropy)
+    found = krr.support_gradient(fitted, x_t, y_t, loss=losses.cross_entropy)
     logits = fitted.machine(x_t)
-    np.testing.assert_allclose(found.loss, attacks.cross_entropy(logits, y_t).mean(), rtol=2e-5)
+    np.testing.assert_allclose(found.loss, losses.cross_entropy(logits, y_t).mean(), rtol=2e-5)
     return found
 
 
@@ -94,7 +94,7 @@ def test_gradient_equals_finite_differences(rng):
 
     def loss(h):
         machine = krr.fit(kernel, x_s + h * dx, y_s + h * dy, diag_reg=DIAG_REG).machine
-        return float(attacks.cross_entropy(machine(x_t), y_t).mean())
+        return float(losses.cross_entropy(machine(x_t), y_t).mean())
 
     ours = our_gradient(kernel, x_s, y_s, x_t, y_t)
     slope = float((ours.x_support * dx).sum() + (ours.y_support * dy).sum())

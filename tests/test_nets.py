@@ -1,17 +1,20 @@
 """Architectures as the paper has them; weights from the seed alone."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from advkip import nets
+from advkip import kernels, nets
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["fc1-16", "fc3-1024", "simple-cnn", "alexnet", "vgg11"])
+@pytest.mark.parametrize(
+    "name", ["fc1-16", "fc3-1024", "fc3-64-ntk", "simple-cnn", "alexnet", "vgg11"]
+)
 def test_logits_for_every_size(rng, name, shape):
     net = nets.build(name, shape=shape, n_classes=7, seed=0).eval()
     x = nets.to_tensor(rng.random((3, *shape)))
@@ -72,14 +75,14 @@ def test_weights_derive_from_the_seed_alone():
     assert not torch.equal(weights(1), first)
 
 
-@pytest.mark.parametrize("name", ["fc2-16", "simple-cnn", "alexnet", "vgg11"])
+@pytest.mark.parametrize("name", ["fc2-16", "fc2-16-ntk", "simple-cnn", "alexnet", "vgg11"])
 def test_representation_is_what_the_last_layer_sees(rng, name):
     net = nets.build(name, shape=(8, 8, 1), n_classes=3, seed=0).eval()
     x = nets.to_tensor(rng.random((4, 8, 8, 1))).requires_grad_()
     found = nets.representation(net, x)
     last = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)][-1]
     assert found.shape == (4, last.in_features)
-    torch.testing.assert_close(last(found), net(x))
+    torch.testing.assert_close(last(found), getattr(net, "net", net)(x))
     assert torch.autograd.grad(found.sum(), x)[0].abs().max() > 0
     assert not last._forward_pre_hooks  # nothing stays behind
 
@@ -96,3 +99,25 @@ def test_bad_input():
     for name in ("fc0-10", "resnet18", "fc3", "cnn"):
         with pytest.raises(ValueError, match="expected a network in"):
             nets.build(name, shape=(8, 8, 1), n_classes=10, seed=0)
+
+
+def test_ntk_parametrisation_trains_as_the_kernel_says(rng):
+    """A width of 4,096: the network's own tangent kernel is near the closed form, and a small step
+    down the squared error moves the logits on other images as that kernel predicts."""
+    shape = (4, 4, 1)
+    x, y = rng.random((12, *shape)).astype("float32"), np.eye(3, dtype="float32")[np.arange(12) % 3]
+    x_test = rng.random((5, *shape)).astype("float32")
+    net = nets.build("fc2-4096-ntk", shape=shape, n_classes=3, seed=0)
+    with torch.no_grad():
+        assert (net(nets.to_tensor(x)) == 0).all()
+    rate = 0.01
+    loss = ((net(nets.to_tensor(x)) - torch.as_tensor(y).to(nets.device())) ** 2).sum() / 2
+    loss.backward()
+    with torch.no_grad():
+        for weights in net.parameters():
+            weights -= rate * weights.grad
+        moved = nets.to_numpy(net(nets.to_tensor(x_test)))
+    kernel = kernels.by_name("fc2").value(jnp.asarray(x_test), jnp.asarray(x))
+    np.testing.assert_allclose(moved, rate * kernel @ y, rtol=0.1, atol=0.003)
+    assert np.abs(moved).max() > 0.07
+    assert len(list(net.parameters())) == 6  # those of the initial network are none

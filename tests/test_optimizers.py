@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from advkip import algorithm, data, distill, kernels, optimizers, settings
+from advkip import algorithm, data, distill, kernels, method_settings, optimizers
 from tests.sections import experiment
 
 N, FINAL = 8, 0.04
@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def rates_of(schedule, start=0.3):
-    chosen = settings.Distillation(n_steps=N, schedule=schedule, final_rate=FINAL)
+    chosen = method_settings.Distillation(n_steps=N, schedule=schedule, final_rate=FINAL)
     rate = optimizers.learning_rate(start, chosen)
     return [float(rate(step) if callable(rate) else rate) for step in range(N + 3)]
 
@@ -53,7 +53,7 @@ def test_a_run_moves_images_and_labels_by_their_rates(schedule):
 def test_the_state_at_a_constant_rate_is_optaxs_own():
     """So that checkpoints of before there were schedules go on."""
     x = jnp.zeros(3)
-    images, labels = optimizers.of(settings.Distillation(), learn_labels=True)
+    images, labels = optimizers.of(method_settings.Distillation(), learn_labels=True)
     plain = optax.adam(1e-2).init(x)
     assert str(images.init(x)) == str(labels.init(x)) == str(plain)
-    assert optimizers.of(settings.Distillation(), learn_labels=False)[1] is None
+    assert optimizers.of(method_settings.Distillation(), learn_labels=False)[1] is None

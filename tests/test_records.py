@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,8 @@ def outcome(attack, accuracy):
 
 
 def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
-    e = experiment(
-        dataset__name="mnist", support__n_support=5000, support__n_target=10, seed=seed, **settings
-    )
+    size = {"support__n_support": 5000, "support__n_target": 10}
+    e = experiment(**{"dataset__name": "mnist", "seed": seed, **size, **settings})
     recorder = records.Recorder(e, folder, notebook)
     outcomes = [outcome("clean", 0.9), outcome("pgd10", accuracy)]
     recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
@@ -315,20 +313,6 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
             constant = any("constant answer" in reason for reason in found["reasons"])
             name = verdict.judge(*counts, found["n"], checks, constant=constant)[0]
             assert name == found["verdict"]
-    found = [records.read(path) for path in paths]
-    for name, mark, table in (
-        ("README.md", "summary", tables.summary), ("reports/README.md", "results", tables.accuracy),
-    ):  # fmt: skip
-        text = (ROOT / name).read_text()
-        assert tables.updated(text, mark, table(found)) == text
-
-
-def test_a_text_without_marks():
-    with pytest.raises(ValueError, match="add them"):
-        tables.updated("no marks", "results", "| table |")
-    assert tables.updated("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == (
-        "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
-    )
 
 
 def test_the_summary_is_of_figures_under_autoattack(tmp_path):
@@ -394,6 +378,3 @@ def test_what_a_record_lacks_is_named(tmp_path):
         path.write_text(json.dumps(record | {"diagnoses": [found]}))
         with pytest.raises(ValueError, match=f"expected the key '{key}' in each of the diagnoses"):
             records.read(path)
-    found = subprocess.run([sys.executable, "-m", "advkip.tables"], capture_output=True, text=True)
-    assert found.returncode == 1
-    assert found.stderr.startswith("usage: python -m advkip.tables")

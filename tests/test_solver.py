@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import algorithm, attacks, data, distill, gram, kernels, krr, solver
+from advkip import algorithm, data, distill, gram, kernels, krr, losses, solver
 from tests.sections import changed, experiment
 
 DIAG_REG, PIXELS = 1e-6, 0.005
@@ -53,7 +53,7 @@ def problem(digits, n=400, dtype="float32"):
 
 
 def gradient(fitted, x_t, y_t):
-    return krr.support_gradient(fitted, x_t, y_t, loss=attacks.cross_entropy)
+    return krr.support_gradient(fitted, x_t, y_t, loss=losses.cross_entropy)
 
 
 def relative(a, b):
