@@ -24,7 +24,7 @@ from advkip.verdict import Diagnosis
 @torch.enable_grad()
 def diagnose(
     model, x, y, *, threat, step_size, n_steps=40, sources=None, parts=ATTACK_PARTS, seed=0,
-    batch_size=0, checkpoint_dir=None, progress=True,
+    batch_size=0, mean=None, std=None, checkpoint_dir=None, progress=True,
 ) -> Diagnosis:  # fmt: skip
     """Asks of a claimed robustness whether it is real (see the module's text).
 
@@ -41,7 +41,7 @@ def diagnose(
         quicker, and then nothing here is AutoAttack 'standard'.
       seed: of everything random, also in the model if it draws from PyTorch, NumPy or `random`;
         the same seed gives the same verdict.
-      batch_size, checkpoint_dir, progress: as for `evaluate.evaluate`.
+      batch_size, mean, std, checkpoint_dir, progress: as for `evaluate.evaluate`.
 
     Returns:
       A `Diagnosis`.
@@ -62,6 +62,7 @@ def diagnose(
             f"expected pixels in the range [0, 1], got a threat in [{threat.low}, {threat.high}]; "
             "pass a Threat with low 0 and high 1, and images that fit"
         )
+    model = nets.in_pixels(model, mean, std, channels=np.shape(x)[-1])
     with nets.deterministic():
         with probes.seeded(nets.derived_seed(seed, "diagnosis")):
             case = Case(

@@ -29,7 +29,7 @@ LAYERS = {
     "losses threat ascent attacks worst_case compat",
     "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
     "sets": "data optimizers objective algorithm distill features sets",
-    "judgement": "models evaluate verdict questions diagnose",
+    "judgement": "models answers evaluate published verdict questions diagnose",
     "paper": "figures preflight records tables ablation texts report panel signals execute "
     "sweep run docs",
 }

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import advkip
-from advkip import attacks, files, inputs, krr, nets, store
+from advkip import answers, attacks, files, inputs, krr, nets, store
 from advkip.attack_names import Attack
 from advkip.config import Experiment
 from advkip.models import judged
@@ -83,7 +83,7 @@ class Protocol:
 @torch.enable_grad()
 def evaluate(
     model, x, y, *, threat, attack_names, step_size, threat_l2=None, step_size_l2=None, seed=0,
-    batch_size=0, keep=0, checkpoint_dir=None, progress=True,
+    batch_size=0, keep=0, mean=None, std=None, checkpoint_dir=None, progress=True,
 ) -> list[Outcome]:  # fmt: skip
     """Measures accuracy under attacks that accumulate (the accuracies of all tables).
 
@@ -99,6 +99,8 @@ def evaluate(
       seed: of random starts and of AutoAttack.
       batch_size: images at a time; 0 chooses.
       keep: how many attacked images to return of each attack, for figures.
+      mean, std: of a network that was trained on standardised images, (x - mean) / std, a number
+        or one for each channel; it is attacked in pixels all the same (see `published`).
       checkpoint_dir: folder that finished batches are written to, and continued from when the
         model, the images and the seed are the same; None for none.
       progress: shows a bar.
@@ -119,11 +121,12 @@ def evaluate(
     plans = [(Attack("clean", "clean"), threat, None)]
     for attack in map(Attack.parse, dict.fromkeys(attack_names)):
         plans.append(_plan(attack, x, threat, step_size, threat_l2, step_size_l2))
+    model = nets.in_pixels(model, mean, std, channels=x.shape[3])
     net = judged(model, seed=seed, batch_size=batch_size)
     size = net.batch_size
     first = net.logits(x[:size])
-    _check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
-    _check_order_of_images(net, x[:size], first)
+    answers.check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
+    answers.check_order_of_images(net, x[:size], first)
     done = _Checkpoint(checkpoint_dir, net, x, y)
 
     outcomes, robust = [], {}
@@ -252,63 +255,6 @@ def _attack(net, attack, x, y, threat, step_size):
             "larger diag_reg or in float64, or train the network with a smaller learning rate"
         )
     return logits.argmax(1) == y, attacked
-
-
-def _check_logits(logits, y, *, machine):
-    """Refuses what are no logits; of a kernel `machine` any numbers may come."""
-    if logits.ndim != 2 or logits.shape[1] < 2 or y.max() >= logits.shape[1]:
-        raise ValueError(
-            f"expected logits (n, classes) for labels {y.min()} to {y.max()}, got shape "
-            f"{logits.shape}; pass a model with one logit a class, two or more"
-        )
-    if not np.isfinite(logits).all():
-        masked = np.isneginf(logits).any() and not np.isnan(logits).any()
-        hint = (
-            "pass a model whose impossible classes have -1e4 instead of -inf"
-            if masked
-            else "fit the machine with a larger diag_reg, or train the network with a smaller "
-            "learning rate"
-        )
-        kind = "-inf" if masked else "NaN or infinity"
-        raise FloatingPointError(f"expected finite logits on clean images, got {kind}; {hint}")
-    if machine or (logits == logits[:1]).all():  # constant answers say nothing of their kind
-        return
-    sums = logits.sum(1)
-    shares = (logits >= 0).all() and np.allclose(sums, sums.mean(), rtol=0.02)
-    if shares or ((logits >= 0).all() and (logits <= 1).all()):
-        kind = "probabilities" if shares else "sigmoids or probabilities, all in [0, 1]"
-        raise ValueError(
-            f"expected logits, got rows that are {kind}; remove the softmax or sigmoid, which "
-            "flattens the gradients that attacks need"
-        )
-
-
-REPEATS = 12
-"""Passes over the same batch, of which one differs if a network is random."""
-
-
-def _check_order_of_images(net, x, logits):
-    """Refuses a network that answers otherwise when an image is in other company.
-
-    One that is random anyway is not asked.
-    """
-    if len(x) < 2:
-        return
-    half = len(x) // 2
-    close = {"rtol": 1e-2, "atol": 1e-2 * np.abs(logits).max()}
-
-    def others(found):
-        return (~np.isclose(found, logits, **close)).any(1).sum()
-
-    orders = np.arange(half)[::-1], np.arange(half, len(x))[::-1]
-    found = np.concatenate([net.logits(x[order])[::-1] for order in orders])
-    # One image of ten may be on the edge of a step: products of other shapes round otherwise.
-    few = max(1, len(x) // 10)
-    if others(found) > few and not any(others(net.logits(x)) for _ in range(REPEATS)):
-        raise ValueError(
-            "expected an answer to each image that depends on it alone, got others in another "
-            "batch; pass a network whose normalisation has running statistics, in evaluation mode"
-        )
 
 
 class _Checkpoint:

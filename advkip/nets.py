@@ -181,6 +181,56 @@ class Logits(nn.Module):
         return logits.float() if logits.dtype in HALF else logits
 
 
+class Standardised(nn.Module):
+    """A network of images (x - mean) / std as one of pixels x, so that attacks work in pixels."""
+
+    def __init__(self, net, mean, std):
+        super().__init__()
+        self.net = net
+        self.training = False  # as the network is; exported ones refuse `eval`
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, x) -> torch.Tensor:
+        return self.net((x - self.mean.to(x)) / self.std.to(x))
+
+
+def in_pixels(model, mean, std, *, channels) -> Any:
+    """`Standardised` where mean and std are given, else the model itself.
+
+    Args:
+      model: a network; a kernel machine only without mean and std.
+      mean, std: a number, or one for each channel; std > 0. None for both: nothing to do.
+      channels: of an image.
+
+    Raises:
+      ValueError: one without the other, other shapes, a std that is not positive, no network.
+    """
+    if mean is None and std is None:
+        return model
+    given = [np.atleast_1d(np.asarray(part, float)) for part in (mean, std) if part is not None]
+    if len(given) < 2 or any(part.shape not in ((1,), (channels,)) for part in given):
+        raise ValueError(
+            f"expected mean and std, a number or {channels} each, got {mean!r} and {std!r}; pass "
+            "those that the training images were standardised with, in pixels of [0, 1]"
+        )
+    if not (given[1] > 0).all():
+        raise ValueError(f"expected std > 0, got {std!r}; pass that of the training images")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected a network with mean and std, got {type(model).__name__}; pass a kernel "
+            "machine without"
+        )
+    check_evaluated(model)
+    wide = [np.broadcast_to(part, (channels,)).copy() for part in given]
+    return Standardised(model, *wide).to(next(_tensors(model), torch.empty(0)).device)
+
+
+def _tensors(net):
+    yield from net.parameters()
+    yield from net.buffers()
+
+
 def representation(net, x) -> torch.Tensor:
     """What goes into a network's last linear layer, shape (n, features), with its gradient.
 

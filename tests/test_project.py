@@ -39,6 +39,7 @@ PARAMS = sorted(ROOT.glob("params/*.yaml")) + sorted(ROOT.glob("params/paper/*.y
 # Which modules of the package each one imports: only such as stand above it here.
 IMPORTS = {
     "__init__": set(),
+    "answers": set(),
     "losses": set(),
     "threat": set(),
     "attack_names": set(),
@@ -73,6 +74,7 @@ IMPORTS = {
     "data": {"config", "files", "inputs", "settings"},
     "objective": {"attacks", "data", "kernels", "krr", "losses", "method_settings", "threat"},
     "nets": {"data", "settings"},
+    "published": {"nets", "threat", "torch_attacks"},
     "recipe": {"attacks", "config", "inputs", "nets", "settings"},
     "training": {"data", "files", "inputs", "nets", "progress", "recipe", "store", "torch_attacks"},
     "search": {"config", "data", "nets", "recipe", "settings", "training"},
@@ -93,6 +95,7 @@ IMPORTS = {
     "sets": {"config", "data", "distill", "features", "files", "kernels", "krr", "settings"},
     "models": {"attack_names", "attacks", "bridge", "krr", "nets", "probes", "torch_attacks"},
     "evaluate": {
+        "answers",
         "attack_names",
         "attacks",
         "config",
