@@ -225,9 +225,9 @@ def _so_far(y_before, x, y, history, names):
         for axis in (image, labels):
             axis.set(xticks=[], yticks=[])
     axis = figure.add_subplot(grid[2, :])
-    for key, colour in figures.COLOURS.items():
+    for key in (key for key in figures.NAMES if key in history[0]):
         points = [(line["step"], 100 * line[key]) for line in history]
-        label = figures.NAMES[key]
+        colour, label = figures.COLOURS[key], figures.NAMES[key]
         axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=".")
     axis.set(xlabel="outer step", ylabel="validation accuracy (%)", ylim=(-2, 102))
     axis.legend(loc="lower left", fontsize=8, ncols=3)

@@ -191,7 +191,8 @@ def test_what_a_gpu_is_asked_for(precision, asked):
 
     def products(platform):
         machine, threat = krr.KernelMachine(kernel, x_support, alpha), attacks.Threat("linf", 0.1)
-        traced = attacks._pgd.trace(machine, x, y, 0.05, None, threat, 3, "mse", 1)
+        rest = 0.05, None, threat, 3, "mse", 1, "fixed"
+        traced = attacks._pgd.trace(machine, x, y, jnp.zeros(20, int), *rest)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         return [line for line in text.splitlines() if "dot_general" in line]
 

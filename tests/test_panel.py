@@ -89,7 +89,7 @@ def test_a_live_distillation_goes_on_with_another_radius(case):
     ]
     before = np.asarray(live.state.support[0])
     live.radius.value = 0.3
-    assert live.run.threat.epsilon == 0.3
+    assert live.run.objective.threat.epsilon == 0.3
     live.advance(1)
     assert live.state.step == 3
     assert np.abs(np.asarray(live.state.support[0]) - before).max() > 0

@@ -138,7 +138,7 @@ def test_weights_that_have_learned_nothing_are_not_kept(digits, monkeypatch):
     """Planted: a constant prediction that no attack changes, before a real, undefended network."""
     lines = iter([(0.2, 0.2), (0.85, 0.05), (0.9, 0.1), (0.7, 0.3), (0.95, 0.0)])
 
-    def accuracies(*arguments):
+    def accuracies(*arguments, strong):
         clean, pgd = next(lines)
         return {"clean": clean, "fgsm": pgd, "pgd": pgd}
 
@@ -146,6 +146,30 @@ def test_weights_that_have_learned_nothing_are_not_kept(digits, monkeypatch):
     watched = training.Watched(digits["x"][:5], digits["y"][:5].argmax(1))
     result = run(digits, epochs=5, eval_every=1, watched=watched)
     assert (result.epoch, result.score, result.clean) == (3, 0.1, 0.9)
+
+
+def test_the_worst_case_chooses_where_it_is_asked_to(digits, monkeypatch):
+    """Planted: PGD prefers the second epoch, the worst case of several losses the first."""
+    lines = iter([(0.3, 0.2), (0.6, 0.1)])
+
+    def accuracies(*arguments, strong):
+        pgd, worst = next(lines)
+        return {"clean": 0.9, "fgsm": pgd, "pgd": pgd, "strong": worst}
+
+    monkeypatch.setattr(training, "robust_accuracies", accuracies)
+    watched = training.Watched(digits["x"][:5], digits["y"][:5].argmax(1))
+    result = run(digits, epochs=2, eval_every=1, watched=watched, choose_by="worst-case")
+    assert (result.epoch, result.score) == (1, 0.2)
+
+
+def test_the_worst_case_is_below_pgd_and_of_validation_alone(digits):
+    watched = training.Watched(*2 * (digits["x"][:40], digits["y"][:40].argmax(1)))
+    plain, worst = (
+        run(digits, epochs=3, eval_every=3, watched=watched, choose_by=choose_by).history[-1]
+        for choose_by in ("pgd", "worst-case")
+    )
+    assert worst["strong"] <= worst["pgd"] == plain["pgd"] > 0
+    assert set(worst) - set(plain) == {"strong"}
 
 
 def test_patience_stops(digits):
