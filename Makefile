@@ -40,8 +40,11 @@ run: install  ## make run PARAMS=params/x.yaml
 lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--no-browser
 	$(BIN)/jupyter lab --ServerApp.root_dir=. $(ARGS) notebooks/00_walkthrough.ipynb
 
+# Programs that one test compiles serve the others, and the notebooks.
+test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/jax-cache
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.3
 test: install  ## ruff, mypy, pytest with coverage, the notebooks on their small defaults, the documentation
-	rm -rf reports/scratch
+	rm -rf reports/scratch build/jax-cache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

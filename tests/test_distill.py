@@ -54,6 +54,9 @@ def reference(experiment, splits, n_steps, method):
     def loss(x, labels, support, name):
         return losses.LOSSES[name](predict(x, support), labels).mean()
 
+    by_image = jax.jit(jax.grad(loss), static_argnums=3)
+    by_support = jax.jit(jax.grad(loss, 2), static_argnums=3)
+
     support = tuple(map(jnp.asarray, distill.initial_support(experiment, splits)))
     settings, threat = experiment.distillation(method), experiment.threat
     adam = optax.adam(settings.learning_rate)
@@ -65,12 +68,12 @@ def reference(experiment, splits, n_steps, method):
         x_0, y = splits.x_pool[index], splits.y_pool[index]
         x = jnp.asarray(x_0)
         for _ in range(settings.pgd_steps):
-            slope = jax.grad(loss)(x, jnp.eye(10)[y], support, "cross-entropy")
+            slope = by_image(x, jnp.eye(10)[y], support, "cross-entropy")
             length = threat.epsilon if settings.pgd_steps == 1 else threat.step_size
             x = jnp.clip(x + length * jnp.sign(slope), x_0 - threat.epsilon, x_0 + threat.epsilon)
             x = jnp.clip(x, 0, 1)
         labels = jnp.eye(10)[y] - (0.1 if settings.outer_loss == "mse" else 0)
-        slope = jax.grad(loss, 2)(x, labels, support, settings.outer_loss)
+        slope = by_support(x, labels, support, settings.outer_loss)
         changes, memory = adam.update(slope, memory)
         support = optax.apply_updates(support, changes)
     return support

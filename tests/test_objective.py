@@ -56,7 +56,7 @@ class Case:
             alpha = jnp.linalg.solve(k_ss + ridge * jnp.eye(len(x_s)), y_s)
             return of_machine(lambda x: kernel.value(x, x_s) @ alpha)
 
-        return jax.value_and_grad(total, (0, 1))(*map(jnp.asarray, self.support))
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(*map(jnp.asarray, self.support))
 
     def check(self, of_machine, tolerance=1e-6):
         value, slopes = self.expected(of_machine)
@@ -103,8 +103,7 @@ def test_clean_share_of_one_forgets_the_attack(digits):
     case.check(lambda f: losses.cross_entropy(f(case.x), jnp.eye(10)[case.y]).mean())
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("penalty", [0.05, -0.02])
+@pytest.mark.parametrize(("norm", "penalty"), [("linf", 0.05), ("l2", -0.02)])
 def test_gradient_penalty_in_the_dual_norm(digits, norm, penalty, monkeypatch):
     """Of autodiff through autodiff; the difference quotient's error falls with the square of h."""
     monkeypatch.setattr(objective, "REACH", 1e-3)
