@@ -17,6 +17,7 @@ import optax
 from advkip import attacks, data, gram, krr, optimizers, store, worst_case
 from advkip.config import MACHINE
 from advkip.objective import Objective
+from advkip.settings import SCORES
 
 DIVERGED = 100
 """A run stops when its loss exceeds this many times the larger of 1 and its first loss."""
@@ -182,7 +183,7 @@ class Run:
             left = worst_case.withstood(machine, x, y, batch_size=self.batch_size, **ball)
             line["strong"] = float(left.mean())
         state = state._replace(history=(*state.history, line))
-        score = line[chosen_by(e)]
+        score = line[SCORES[e.choose_by] if e.pgd_steps else "clean"]
         if score > state.best_score:
             return state._replace(best=state.support, best_step=state.step, best_score=score)
         return state
@@ -207,10 +208,3 @@ class Run:
         return state._replace(
             step=state.step + 1, support=tuple(new), optimizer_states=tuple(states)
         )
-
-
-def chosen_by(settings) -> str:
-    """Which figure of a history's line chooses the support of a method with these settings."""
-    if not settings.pgd_steps:
-        return "clean"
-    return "strong" if settings.choose_by == "worst-case" else "pgd"

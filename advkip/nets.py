@@ -165,8 +165,7 @@ class Logits(nn.Module):
 
     def own(self) -> torch.Tensor | None:
         """A tensor of the network's device and of the dtype that its images have; None: any."""
-        of_net = (*self.net.parameters(), *self.net.buffers())
-        return next((t for t in of_net if t.is_floating_point()), None)
+        return next((t for t in _tensors(self.net) if t.is_floating_point()), None)
 
     def forward(self, x) -> torch.Tensor:
         own = self.own()

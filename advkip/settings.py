@@ -18,7 +18,7 @@ from advkip.checked import (
     Section,
     Strings,
     listed,
-)  # fmt: skip
+)
 
 Loss = Literal["cross-entropy", "mse"]
 """Of networks."""
@@ -26,6 +26,9 @@ Loss = Literal["cross-entropy", "mse"]
 Chooser = Literal["pgd", "worst-case"]
 """What chooses on validation images: PGD with the cross-entropy, as in the paper, or the worst case
 of several losses (see `worst_case`), without which no AutoAttack accuracy is to be reported."""
+
+SCORES: dict[Chooser, str] = {"pgd": "pgd", "worst-case": "strong"}
+"""Which figure of a history's line it looks at."""
 
 Method = Literal["adv-kip", "kip"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")

@@ -20,6 +20,7 @@ from advkip.nets import derived_seed, device, to_tensor
 from advkip.progress import tqdm
 from advkip.recipe import Recipe as Recipe
 from advkip.recipe import targets
+from advkip.settings import SCORES
 
 FAR = 20.0
 """A distilled set leaves [0, 1], but not as far: these are pixels of 0..255."""
@@ -256,8 +257,7 @@ class _Run:
             if prefix:
                 line |= split
         self.history.append(line)
-        chosen = "strong" if self.recipe.choose_by == "worst-case" else "pgd"
-        score = (line[chosen], line["clean"])
+        score = (line[SCORES[self.recipe.choose_by]], line["clean"])
         clean = max(one["clean"] for one in self.history)
         outdated = self.best_score[1] < clean - CLEAN_MARGIN
         if line["clean"] >= clean - CLEAN_MARGIN and (outdated or score > self.best_score):
