@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import advkip
-from advkip import algorithm, data, files, kernels
+from advkip import algorithm, data, files, growth, kernels
 from advkip.config import Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
@@ -24,7 +24,7 @@ class Distilled(NamedTuple):
 
     x_support: np.ndarray  # the support with the best robust validation accuracy
     y_support: np.ndarray
-    x_initial: np.ndarray  # the support as drawn
+    x_initial: np.ndarray  # the support at the start
     y_initial: np.ndarray
     step: int  # outer steps behind x_support
     history: list  # dicts: step, loss, clean, fgsm, pgd, gradient_norm, seconds
@@ -73,7 +73,7 @@ def distill(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
-    initial = initial_support(experiment, splits)
+    initial = starting_support(experiment, splits)
     run = algorithm.Run(experiment, splits, kernel, method)
     path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
@@ -134,6 +134,17 @@ def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nda
         y, splits.n_classes, center=support.center_labels, dtype=experiment.kernel.dtype
     )
     return np.concatenate(copies), np.tile(labels, (support.copies, 1))
+
+
+def starting_support(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
+    """(X_S, Y_S) at step 0: as drawn, or grown from a smaller set.
+
+    Raises:
+      ValueError, FloatingPointError: as `growth.grown`.
+    """
+    drawn = initial_support(experiment, splits)
+    path = experiment.support.grown_from
+    return drawn if path is None else growth.grown(path, drawn[0], experiment)
 
 
 def _result(state, initial, reason, about):

@@ -249,7 +249,7 @@ class LivePanel(Panel):
         super().__init__()
         w, self.splits, self.every = self.widgets, splits, every
         self.going, self.lock = threading.Event(), threading.Lock()
-        self.initial = distill.initial_support(experiment, splits)
+        self.initial = distill.starting_support(experiment, splits)
         self.set_experiment(experiment.replace(adv_kip={"eval_every": every}))
         self.state = self.run.start(self.initial)
         self.button = w.ToggleButton(False, description="run", icon="play")

@@ -100,6 +100,8 @@ class Support(Section):
     """mirrors half of the target images, and every second copy"""
     label_scale: Positive = 1.0
     """what the labels are multiplied by at the start"""
+    grown_from: str | None = None
+    """a smaller distilled set, an .npz, that the support starts from (see `growth`); null: none"""
 
     @model_validator(mode="after")
     def _copies_differ(self):
@@ -118,7 +120,7 @@ class Support(Section):
     @property
     def may_differ(self) -> tuple[str, ...]:
         """Switches at their defaults, which checkpoints of before did not name."""
-        return self.at_default("copies", "copy_noise", "mirror", "label_scale")
+        return self.at_default("copies", "copy_noise", "mirror", "label_scale", "grown_from")
 
 
 class Ball(Section):

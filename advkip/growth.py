@@ -1,0 +1,74 @@
+"""A support that goes on from a smaller distilled one.
+
+Robust accuracy asks for outer steps, clean accuracy for images, and an outer step's time grows with
+the square of their number at least. So take most steps with fewer images, and let the support
+grow: to the distilled images (X, Y) come further ones, as drawn, each labelled with what the
+distilled kernel machine f answers to it. As f(x) = K_xX (K_XX + r I)^-1 Y is the interpolation of
+(X, Y) with the least norm in the kernel's space, and agrees with the further pairs already, Eq. 4
+of all of them is f again, but for the ridge. Algorithm 1 goes on from there.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from advkip import attacks, data, files, gram, kernels, krr
+from advkip.config import Experiment
+
+
+def grown(path, x, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+    """(X_S, Y_S): a smaller distilled set, then images x with the labels of its kernel machine.
+
+    Args:
+      path: a file of `distill.save`, of the same kernel, and of the same data set, validation
+        images and seed: other validation images could be what it was optimised for.
+      x: the support as drawn, shape (S, ...), of which the first fill what is missing.
+      experiment: of the larger support.
+
+    Raises:
+      ValueError: another file, images of another shape, another kernel or split, or not smaller;
+        FloatingPointError: as `krr.fit`.
+    """
+    found = files.find(path)
+    if not found.exists():
+        raise ValueError(f"support.grown_from: expected a distilled set, got no file {path}")
+    arrays, settings = data.read(found)
+    if not settings:
+        raise ValueError(
+            f"support.grown_from: expected a distilled set with its settings, got {path}, which "
+            "has none; pass an adv-kip.npz of a run"
+        )
+    _check_same(json.loads(settings), experiment)
+    small = [arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")]
+    if small[0].shape[1:] != x.shape[1:] or not len(small[0]) < len(x):
+        raise ValueError(
+            f"support.grown_from: expected fewer than {len(x)} images {x.shape[1:]}, got "
+            f"{small[0].shape} in {path}; pass a larger support.n_support, or a set of this data"
+        )
+    kernel, own = kernels.of(experiment.kernel), experiment.kernel
+    machine = krr.fit(kernel, *small, diag_reg=own.diag_reg, block_size=own.block_size or 0).machine
+    more = jnp.asarray(x[: len(x) - len(small[0])])
+    batch_size = own.block_size or gram.rows_of_tile(kernel, len(small[0]))
+    labels = attacks.predict(machine, more, batch_size=batch_size)
+    return np.concatenate([small[0], more]), np.concatenate([small[1], labels])
+
+
+def _check_same(settings, experiment):
+    """Raises ValueError for a set of another kernel, data set, validation images or seed."""
+    of = {"kernel": ("name", "W_std", "b_std", "diag_reg"), "dataset": ("name", "n_validation")}
+    own, other = experiment.to_dict(), []
+    for section, names in of.items():
+        its = settings.get(section)
+        its = its if isinstance(its, dict) else {}  # flat before there were sections
+        other += [
+            f"{section}.{name} {own[section][name]!r}, got {its.get(name)!r}"
+            for name in names if its.get(name) != own[section][name]
+        ]  # fmt: skip
+    if settings.get("seed") != own["seed"]:
+        other.append(f"seed {own['seed']}, got {settings.get('seed')}")
+    if other:
+        raise ValueError(
+            f"support.grown_from: expected a set with {'; '.join(other)}; pass one of this kernel, "
+            "data set, validation images and seed, or change them here"
+        )

@@ -1,0 +1,103 @@
+"""A support that goes on from a smaller distilled one is the same machine at first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advkip import data, distill, growth, kernels, krr
+from tests.sections import changed, experiment
+
+SMALL = experiment(
+    kernel__name="fc2", kernel__dtype="float64", dataset__n_validation=40, dataset__n_test=50,
+    support__n_support=20, support__n_target=25, adv_kip__n_steps=5, adv_kip__eval_every=5,
+    adv_kip__pgd_steps=3, adv_kip__eval_pgd_steps=3, kernel__diag_reg=1e-9,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(path, what was distilled, the data set)"""
+    digits = data.load("digits")
+    with jax.enable_x64(True):
+        result = distill.distill(SMALL, data.split(digits, SMALL), progress=False)
+    path = tmp_path_factory.mktemp("small") / "adv-kip.npz"
+    distill.save(path, result, SMALL, digits)
+    return path, result, digits
+
+
+def larger(path, **more):
+    return changed(SMALL, support__n_support=50, support__grown_from=str(path), **more)
+
+
+def test_it_is_the_same_machine_with_more_images(made):
+    path, small, digits = made
+    e = larger(path)
+    splits = data.split(digits, e)
+    x, y = distill.starting_support(e, splits)
+    np.testing.assert_array_equal(x[:20], small.x_support)
+    np.testing.assert_array_equal(y[:20], small.y_support)
+    np.testing.assert_array_equal(x[20:], splits.x_support[:30])
+    kernel = kernels.of(e.kernel)
+    before = krr.fit(kernel, small.x_support, small.y_support, diag_reg=1e-9).machine
+    after = krr.fit(kernel, x, y, diag_reg=1e-9).machine
+    original = krr.fit(kernel, *distill.initial_support(e, splits), diag_reg=1e-9).machine
+    x_test = jnp.asarray(splits.x_test)
+    np.testing.assert_allclose(after(x_test), before(x_test), atol=1e-4)
+    assert np.abs(original(x_test) - before(x_test)).max() > 0.1
+
+
+def test_algorithm_1_goes_on_from_there_and_resumes(made, tmp_path):
+    path, small, digits = made
+    e = larger(path)
+    splits = data.split(digits, e)
+    whole = distill.distill(e, splits, progress=False)
+    last = small.history[-1]
+    np.testing.assert_allclose(whole.history[0]["pgd"], last["pgd"], atol=0.03)
+    assert whole.history[0]["pgd"] > small.history[0]["pgd"] + 0.05
+    assert len(whole.x_support) == 50
+    distill.distill(changed(e, adv_kip__n_steps=2), splits, progress=False, checkpoint_dir=tmp_path)
+    resumed = distill.distill(e, splits, progress=False, checkpoint_dir=tmp_path)
+    np.testing.assert_array_equal(resumed.x_support, whole.x_support)
+    np.testing.assert_array_equal(resumed.x_initial, whole.x_initial)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel__name": "fc3"}, "kernel.name 'fc3', got 'fc2'"),
+        ({"kernel__diag_reg": 1e-3}, "kernel.diag_reg 0.001, got 1e-09"),
+        ({"dataset__n_validation": 50}, "dataset.n_validation 50, got 40"),
+        ({"seed": 1}, "seed 1, got 0"),
+        ({"support__n_support": 20}, "expected fewer than 20 images"),
+    ],
+)
+def test_other_sets_are_refused(made, change, message):
+    """Other validation images could be among those that the smaller set was optimised for."""
+    e = changed(larger(made[0]), **change)
+    with pytest.raises(ValueError, match="support.grown_from: ") as error:
+        distill.starting_support(e, data.split(made[2], e))
+    assert message in str(error.value)
+
+
+def test_other_files_are_refused(made, tmp_path):
+    x = np.zeros((50, 8, 8, 1))
+    with pytest.raises(ValueError, match="got no file"):
+        growth.grown(tmp_path / "none.npz", x, larger("none"))
+    arrays = {key: np.load(made[0])[key] for key in data.KEYS}
+    np.savez(tmp_path / "foreign.npz", **arrays)
+    with pytest.raises(ValueError, match="which has none"):
+        growth.grown(tmp_path / "foreign.npz", x, larger("none"))
+    with pytest.raises(ValueError, match=r"images \(9, 9, 1\)"):
+        growth.grown(made[0], np.zeros((50, 9, 9, 1)), larger(made[0]))
+    arrays["experiment"] = '{"kernel": "fc2", "seed": 0}'
+    np.savez(tmp_path / "flat.npz", **arrays)
+    with pytest.raises(ValueError, match=r"kernel.name 'fc2', got None.*dataset.name"):
+        growth.grown(tmp_path / "flat.npz", x, larger("none"))
+
+
+def test_in_single_precision(made):
+    with jax.enable_x64(False):
+        e = larger(made[0], kernel__dtype="float32")
+        x, y = distill.starting_support(e, data.split(made[2], e))
+        assert x.dtype == y.dtype == "float32"
