@@ -144,7 +144,7 @@ def starting_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nd
     """
     drawn = initial_support(experiment, splits)
     path = experiment.support.grown_from
-    return drawn if path is None else growth.grown(path, drawn[0], experiment)
+    return drawn if path is None else growth.grown(path, *drawn, experiment)
 
 
 def _result(state, initial, reason, about):

@@ -17,13 +17,16 @@ from advkip import attacks, data, files, gram, kernels, krr
 from advkip.config import Experiment
 
 
-def grown(path, x, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+def grown(path, x, y, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     """(X_S, Y_S): a smaller distilled set, then images x with the labels of its kernel machine.
+
+    `support.true_share` mixes their own labels into those. What the small set had no room for,
+    clean accuracy, is then there from the start, at the price of robustness, which comes back.
 
     Args:
       path: a file of `distill.save`, of the same kernel, and of the same data set, validation
         images and seed: other validation images could be what it was optimised for.
-      x: the support as drawn, shape (S, ...), of which the first fill what is missing.
+      x, y: the support as drawn, shapes (S, ...) and (S, C); the first fill what is missing.
       experiment: of the larger support.
 
     Raises:
@@ -48,9 +51,11 @@ def grown(path, x, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
         )
     kernel, own = kernels.of(experiment.kernel), experiment.kernel
     machine = krr.fit(kernel, *small, diag_reg=own.diag_reg, block_size=own.block_size or 0).machine
-    more = jnp.asarray(x[: len(x) - len(small[0])])
+    n_more, share = len(x) - len(small[0]), experiment.support.true_share
+    more = jnp.asarray(x[:n_more])
     batch_size = own.block_size or gram.rows_of_tile(kernel, len(small[0]))
     labels = attacks.predict(machine, more, batch_size=batch_size)
+    labels = ((1 - share) * labels + share * y[:n_more]).astype(own.dtype)
     return np.concatenate([small[0], more]), np.concatenate([small[1], labels])
 
 

@@ -102,6 +102,8 @@ class Support(Section):
     """what the labels are multiplied by at the start"""
     grown_from: str | None = None
     """a smaller distilled set, an .npz, that the support starts from (see `growth`); null: none"""
+    true_share: Annotated[NotNegative, Field(le=1)] = 0.0
+    """of the true label in those of the images that are added; the rest is what that set answers"""
 
     @model_validator(mode="after")
     def _copies_differ(self):
@@ -120,7 +122,9 @@ class Support(Section):
     @property
     def may_differ(self) -> tuple[str, ...]:
         """Switches at their defaults, which checkpoints of before did not name."""
-        return self.at_default("copies", "copy_noise", "mirror", "label_scale", "grown_from")
+        return self.at_default(
+            "copies", "copy_noise", "mirror", "label_scale", "grown_from", "true_share"
+        )
 
 
 class Ball(Section):

@@ -38,6 +38,11 @@ def test_it_is_the_same_machine_with_more_images(made):
     np.testing.assert_array_equal(x[:20], small.x_support)
     np.testing.assert_array_equal(y[:20], small.y_support)
     np.testing.assert_array_equal(x[20:], splits.x_support[:30])
+    shared = distill.starting_support(changed(e, support__true_share=0.25), splits)
+    np.testing.assert_array_equal(shared[0], x)
+    own = np.eye(10)[splits.y_support[:30]] - 0.1
+    np.testing.assert_allclose(shared[1][20:], 0.75 * y[20:] + 0.25 * own, atol=1e-12)
+    np.testing.assert_array_equal(shared[1][:20], y[:20])
     kernel = kernels.of(e.kernel)
     before = krr.fit(kernel, small.x_support, small.y_support, diag_reg=1e-9).machine
     after = krr.fit(kernel, x, y, diag_reg=1e-9).machine
@@ -81,23 +86,23 @@ def test_other_sets_are_refused(made, change, message):
 
 
 def test_other_files_are_refused(made, tmp_path):
-    x = np.zeros((50, 8, 8, 1))
+    x, y = np.zeros((50, 8, 8, 1)), np.zeros((50, 10))
     with pytest.raises(ValueError, match="got no file"):
-        growth.grown(tmp_path / "none.npz", x, larger("none"))
+        growth.grown(tmp_path / "none.npz", x, y, larger("none"))
     arrays = {key: np.load(made[0])[key] for key in data.KEYS}
     np.savez(tmp_path / "foreign.npz", **arrays)
     with pytest.raises(ValueError, match="which has none"):
-        growth.grown(tmp_path / "foreign.npz", x, larger("none"))
+        growth.grown(tmp_path / "foreign.npz", x, y, larger("none"))
     with pytest.raises(ValueError, match=r"images \(9, 9, 1\)"):
-        growth.grown(made[0], np.zeros((50, 9, 9, 1)), larger(made[0]))
+        growth.grown(made[0], np.zeros((50, 9, 9, 1)), y, larger(made[0]))
     arrays["experiment"] = '{"kernel": "fc2", "seed": 0}'
     np.savez(tmp_path / "flat.npz", **arrays)
     with pytest.raises(ValueError, match=r"kernel.name 'fc2', got None.*dataset.name"):
-        growth.grown(tmp_path / "flat.npz", x, larger("none"))
+        growth.grown(tmp_path / "flat.npz", x, y, larger("none"))
 
 
 def test_in_single_precision(made):
     with jax.enable_x64(False):
-        e = larger(made[0], kernel__dtype="float32")
+        e = larger(made[0], kernel__dtype="float32", support__true_share=0.1)
         x, y = distill.starting_support(e, data.split(made[2], e))
         assert x.dtype == y.dtype == "float32"
