@@ -73,7 +73,7 @@ def distill(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
-    initial = starting_support(experiment, splits)
+    initial = starting_support(experiment, splits, method)
     run = algorithm.Run(experiment, splits, kernel, method)
     path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
@@ -136,7 +136,9 @@ def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nda
     return np.concatenate(copies), np.tile(labels, (support.copies, 1))
 
 
-def starting_support(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
+def starting_support(
+    experiment: Experiment, splits: data.Splits, method: Method = "adv-kip"
+) -> tuple[np.ndarray, np.ndarray]:
     """(X_S, Y_S) at step 0: as drawn, or grown from a smaller set.
 
     Raises:
@@ -144,7 +146,7 @@ def starting_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nd
     """
     drawn = initial_support(experiment, splits)
     path = experiment.support.grown_from
-    return drawn if path is None else growth.grown(path, *drawn, experiment)
+    return drawn if path is None else growth.grown(path, *drawn, experiment, method)
 
 
 def _result(state, initial, reason, about):

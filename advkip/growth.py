@@ -15,9 +15,10 @@ import numpy as np
 
 from advkip import attacks, data, files, gram, kernels, krr
 from advkip.config import Experiment
+from advkip.settings import Method
 
 
-def grown(path, x, y, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """(X_S, Y_S): a smaller distilled set, then images x with the labels of its kernel machine.
 
     `support.true_share` mixes their own labels into those. What the small set had no room for,
@@ -28,10 +29,11 @@ def grown(path, x, y, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
         images and seed: other validation images could be what it was optimised for.
       x, y: the support as drawn, shapes (S, ...) and (S, C); the first fill what is missing.
       experiment: of the larger support.
+      method: 'adv-kip' or 'kip', also of the file.
 
     Raises:
-      ValueError: another file, images of another shape, another kernel or split, or not smaller;
-        FloatingPointError: as `krr.fit`.
+      ValueError: another file, images of another shape, another kernel, split or method, or not
+        smaller; FloatingPointError: as `krr.fit`.
     """
     found = files.find(path)
     if not found.exists():
@@ -42,7 +44,7 @@ def grown(path, x, y, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
             f"support.grown_from: expected a distilled set with its settings, got {path}, which "
             "has none; pass an adv-kip.npz of a run"
         )
-    _check_same(json.loads(settings), experiment)
+    _check_same(json.loads(settings), experiment, method)
     small = [arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")]
     if small[0].shape[1:] != x.shape[1:] or not len(small[0]) < len(x):
         raise ValueError(
@@ -59,8 +61,8 @@ def grown(path, x, y, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([small[0], more]), np.concatenate([small[1], labels])
 
 
-def _check_same(settings, experiment):
-    """Raises ValueError for a set of another kernel, data set, validation images or seed."""
+def _check_same(settings, experiment, method):
+    """Raises ValueError for a set of another kernel, split, seed or method."""
     of = {"kernel": ("name", "W_std", "b_std", "diag_reg"), "dataset": ("name", "n_validation")}
     own, other = experiment.to_dict(), []
     for section, names in of.items():
@@ -70,10 +72,11 @@ def _check_same(settings, experiment):
             f"{section}.{name} {own[section][name]!r}, got {its.get(name)!r}"
             for name in names if its.get(name) != own[section][name]
         ]  # fmt: skip
-    if settings.get("seed") != own["seed"]:
-        other.append(f"seed {own['seed']}, got {settings.get('seed')}")
+    for name, mine in (("seed", own["seed"]), ("method", method)):
+        if settings.get(name) != mine:
+            other.append(f"{name} {mine!r}, got {settings.get(name)!r}")
     if other:
         raise ValueError(
             f"support.grown_from: expected a set with {'; '.join(other)}; pass one of this kernel, "
-            "data set, validation images and seed, or change them here"
+            "data set, validation images, seed and method, or change them here (kip: null)"
         )

@@ -85,20 +85,25 @@ def test_other_sets_are_refused(made, change, message):
     assert message in str(error.value)
 
 
+def test_kip_does_not_grow_from_adv_kip(made):
+    with pytest.raises(ValueError, match="method 'kip', got 'adv-kip'.*kip: null"):
+        distill.distill(larger(made[0]), data.split(made[2], SMALL), method="kip", progress=False)
+
+
 def test_other_files_are_refused(made, tmp_path):
     x, y = np.zeros((50, 8, 8, 1)), np.zeros((50, 10))
     with pytest.raises(ValueError, match="got no file"):
-        growth.grown(tmp_path / "none.npz", x, y, larger("none"))
+        growth.grown(tmp_path / "none.npz", x, y, larger("none"), "adv-kip")
     arrays = {key: np.load(made[0])[key] for key in data.KEYS}
     np.savez(tmp_path / "foreign.npz", **arrays)
     with pytest.raises(ValueError, match="which has none"):
-        growth.grown(tmp_path / "foreign.npz", x, y, larger("none"))
+        growth.grown(tmp_path / "foreign.npz", x, y, larger("none"), "adv-kip")
     with pytest.raises(ValueError, match=r"images \(9, 9, 1\)"):
-        growth.grown(made[0], np.zeros((50, 9, 9, 1)), y, larger(made[0]))
+        growth.grown(made[0], np.zeros((50, 9, 9, 1)), y, larger(made[0]), "adv-kip")
     arrays["experiment"] = '{"kernel": "fc2", "seed": 0}'
     np.savez(tmp_path / "flat.npz", **arrays)
     with pytest.raises(ValueError, match=r"kernel.name 'fc2', got None.*dataset.name"):
-        growth.grown(tmp_path / "flat.npz", x, y, larger("none"))
+        growth.grown(tmp_path / "flat.npz", x, y, larger("none"), "adv-kip")
 
 
 def test_in_single_precision(made):

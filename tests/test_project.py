@@ -101,7 +101,7 @@ IMPORTS = {
         "store",
         "worst_case",
     },
-    "growth": {"attacks", "config", "data", "files", "gram", "kernels", "krr"},
+    "growth": {"attacks", "config", "data", "files", "gram", "kernels", "krr", "settings"},
     "distill": {
         "algorithm",
         "config",
@@ -379,6 +379,7 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
         support={"n_support": 20, "n_target": 10}, networks={"n_original": 20},
         **inner or {}, **{"kip": few} if e.kip else {},
     )  # fmt: skip
+    e = e.replace(support={"grown_from": grown_from(e, few, tmp_path)})
     splits = data.split(data.load(name, tmp_path), e)
     protocol = evaluate.Protocol.of(e).with_attacks("fgsm", "pgd2")
     for method in e.methods:
@@ -394,6 +395,26 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
         model = check_networks(e, splits, tmp_path)
     if "04_shortcomings" in e.notebooks:
         check_diagnosis(e, model, splits, tmp_path)
+
+
+def grown_from(e, few, folder):
+    """A small set in place of the one that the file's support grows from, whose file fits, too."""
+    if e.support.grown_from is None:
+        return None
+    whole = Experiment.from_file(ROOT / "params" / f"{e.name}.yaml")
+    smaller = Experiment.from_file(
+        ROOT / "params" / f"{Path(e.support.grown_from).parent.name}.yaml"
+    )
+    assert e.support.grown_from == f"reports/{smaller.name}/adv-kip.npz"
+    assert smaller.support.n_support < whole.support.n_support
+    assert (smaller.seed, smaller.kernel) == (whole.seed, whole.kernel)
+    assert smaller.dataset == whole.dataset
+    assert smaller.support.clip == whole.support.clip
+    e = e.replace(support={"n_support": 10, "grown_from": None}, adv_kip=few)
+    dataset = data.load(e.dataset.name, folder)
+    made = distill.distill(e, data.split(dataset, e), progress=False)
+    distill.save(folder / "smaller.npz", made, e, dataset)
+    return str(folder / "smaller.npz")
 
 
 def check_networks(e, splits, folder):
