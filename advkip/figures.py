@@ -105,7 +105,7 @@ def trade_off(histories) -> Figure:
 
 
 def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=None) -> Figure:
-    """Figures 5 and 6: distilled images below the originals, their difference and labels.
+    """Figures 5 and 6: distilled images below those at the start, their difference and labels.
 
     Shows one image of each class in turn. Pixels outside [0, 1] are shown clipped; the
     difference is scaled to its largest value (red up, blue down, mean over colours).
@@ -135,7 +135,7 @@ def before_and_after(x_before, y_before, x_after, y_after, *, count=10, dataset=
         axes[0, column].set_title(names[column], fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    rows = ("original", "distilled", f"difference\n(±{limit:.2f})", "labels\n(grey: before)")
+    rows = ("before", "distilled", f"difference\n(±{limit:.2f})", "labels\n(grey: before)")
     for axis, name in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(name)
     figure.tight_layout()
