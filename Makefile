@@ -49,7 +49,7 @@ test: install  ## ruff, mypy, pytest with coverage, the notebooks on their small
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term
-	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks
 	$(BIN)/python -m advkip.docs
 
 bench: install  ## the engine against neural_tangents references; threads that sleep or spin
