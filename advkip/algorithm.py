@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advkip import attacks, data, gram, krr, optimizers, store, worst_case
+from advkip import attacks, data, gram, growth, krr, optimizers, store, worst_case
 from advkip.config import MACHINE
 from advkip.objective import Objective
 from advkip.settings import SCORES
@@ -54,13 +54,18 @@ class Run:
         x = jnp.asarray(splits.x_support[:2])
         section = method.replace("-", "_")
         free = [f"{section}.{name}" for name in settings.may_differ]
-        free += ["dataset.n_test", *(f"support.{name}" for name in experiment.support.may_differ)]
+        support = experiment.support
+        free += ["dataset.n_test", *(f"support.{name}" for name in support.may_differ)]
+        if support.grown_from:  # from what is in the file, wherever that lies
+            free.append("support.grown_from")
         self.about = experiment.of(*MACHINE, section, without=free) | {
             "method": method, "data": data.fingerprint(splits),
             "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],
         }  # fmt: skip
+        if support.grown_from:
+            self.about["grown from"] = growth.fingerprint(support.grown_from)
         self.batch_size = experiment.kernel.block_size or gram.rows_of_tile(
-            kernel, experiment.support.n_support
+            kernel, support.n_support
         )
         self.objective = Objective(
             experiment, method, kernel, n_classes=splits.n_classes, batch_size=self.batch_size

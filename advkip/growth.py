@@ -32,13 +32,10 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
       method: 'adv-kip' or 'kip', also of the file.
 
     Raises:
-      ValueError: another file, images of another shape, another kernel, split or method, or not
+      ValueError: another file, other images or classes, another kernel, split or method, or not
         smaller; FloatingPointError: as `krr.fit`.
     """
-    found = files.find(path)
-    if not found.exists():
-        raise ValueError(f"support.grown_from: expected a distilled set, got no file {path}")
-    arrays, settings = data.read(found)
+    arrays, settings = _read(path)
     if not settings:
         raise ValueError(
             f"support.grown_from: expected a distilled set with its settings, got {path}, which "
@@ -46,10 +43,11 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
         )
     _check_same(json.loads(settings), experiment, method)
     small = [arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")]
-    if small[0].shape[1:] != x.shape[1:] or not len(small[0]) < len(x):
+    data.check_fits(f"support.grown_from: {path}", *small, x.shape[1:], y.shape[1])
+    if not len(small[0]) < len(x):
         raise ValueError(
-            f"support.grown_from: expected fewer than {len(x)} images {x.shape[1:]}, got "
-            f"{small[0].shape} in {path}; pass a larger support.n_support, or a set of this data"
+            f"support.grown_from: expected fewer than {len(x)} images, got {len(small[0])} in "
+            f"{path}; pass a larger support.n_support"
         )
     kernel, own = kernels.of(experiment.kernel), experiment.kernel
     machine = krr.fit(kernel, *small, diag_reg=own.diag_reg, block_size=own.block_size or 0).machine
@@ -59,6 +57,23 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
     labels = attacks.predict(machine, more, batch_size=batch_size)
     labels = ((1 - share) * labels + share * y[:n_more]).astype(own.dtype)
     return np.concatenate([small[0], more]), np.concatenate([small[1], labels])
+
+
+def fingerprint(path) -> str:
+    """16 hex digits of what a support grows from: of the set in that file, not of its path.
+
+    Raises:
+      ValueError: no such file, or not a set.
+    """
+    arrays, _ = _read(path)
+    return files.digest_of_arrays(*(arrays[key] for key in ("x_train", "y_train")))
+
+
+def _read(path):
+    found = files.find(path)
+    if not found.exists():
+        raise ValueError(f"support.grown_from: expected a distilled set, got no file {path}")
+    return data.read(found)
 
 
 def _check_same(settings, experiment, method):

@@ -1,5 +1,7 @@
 """A support that goes on from a smaller distilled one is the same machine at first."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,19 @@ def test_algorithm_1_goes_on_from_there_and_resumes(made, tmp_path):
     np.testing.assert_array_equal(resumed.x_support, whole.x_support)
     np.testing.assert_array_equal(resumed.x_initial, whole.x_initial)
 
+    moved = tmp_path / "elsewhere.npz"  # what is in the file counts, not where it lies
+    shutil.copy(path, moved)
+    distill.distill(
+        changed(e, support__grown_from=str(moved)), splits, progress=False, checkpoint_dir=tmp_path
+    )
+    with np.load(path) as arrays:
+        np.savez(moved, **dict(arrays) | {"x_train": arrays["x_train"] * 0.9})
+    with pytest.raises(ValueError, match="grown from .* instead of"):
+        distill.distill(
+            changed(e, support__grown_from=str(moved)), splits, progress=False,
+            checkpoint_dir=tmp_path,
+        )  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -98,8 +113,9 @@ def test_other_files_are_refused(made, tmp_path):
     np.savez(tmp_path / "foreign.npz", **arrays)
     with pytest.raises(ValueError, match="which has none"):
         growth.grown(tmp_path / "foreign.npz", x, y, larger("none"), "adv-kip")
-    with pytest.raises(ValueError, match=r"images \(9, 9, 1\)"):
-        growth.grown(made[0], np.zeros((50, 9, 9, 1)), y, larger(made[0]), "adv-kip")
+    for other in ((np.zeros((50, 9, 9, 1)), y), (x, np.zeros((50, 7)))):
+        with pytest.raises(ValueError, match=r"grown_from: .*expected images \(.* classes"):
+            growth.grown(made[0], *other, larger(made[0]), "adv-kip")
     arrays["experiment"] = '{"kernel": "fc2", "seed": 0}'
     np.savez(tmp_path / "flat.npz", **arrays)
     with pytest.raises(ValueError, match=r"kernel.name 'fc2', got None.*dataset.name"):

@@ -89,11 +89,13 @@ IMPORTS = {
     },
     "search": {"config", "data", "nets", "recipe", "settings", "training"},
     "optimizers": {"method_settings"},
+    "growth": {"attacks", "config", "data", "files", "gram", "kernels", "krr", "settings"},
     "algorithm": {
         "attacks",
         "config",
         "data",
         "gram",
+        "growth",
         "krr",
         "objective",
         "optimizers",
@@ -101,7 +103,6 @@ IMPORTS = {
         "store",
         "worst_case",
     },
-    "growth": {"attacks", "config", "data", "files", "gram", "kernels", "krr", "settings"},
     "distill": {
         "algorithm",
         "config",
