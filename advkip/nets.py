@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 
 from advkip import data
-from advkip.settings import FC_NET
+from advkip.settings import CONV_NET, FC_NET
 
 
 def build(name, *, shape, n_classes, seed) -> nn.Module:
@@ -24,10 +24,11 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
 
     Args:
       name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'fc3-1024-ntk' (the same
-        as the kernel has it at infinite width, see `Lazy`), 'simple-cnn' (three 3x3
-        convolutions of width 64, each with ReLU and 2x2 max-pooling, one linear layer),
-        'alexnet' or 'vgg11' (torchvision's layers with the first strides and the pooling made for
-        small images; vgg11 with batch normalisation).
+        as the kernel has it at infinite width, see `Lazy`), 'conv1-256-ntk' (that of
+        `kernels.Convolutional`: 1 convolution of 256 channels, ReLU, a linear layer),
+        'simple-cnn' (three 3x3 convolutions of width 64, each with ReLU and 2x2 max-pooling, one
+        linear layer), 'alexnet' or 'vgg11' (torchvision's layers with the first strides and the
+        pooling made for small images; vgg11 with batch normalisation).
       shape: (H, W, C) of an image.
       n_classes: 2 or more.
       seed: of the weights.
@@ -49,12 +50,15 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
             net = _fully_connected(height * width * channels, depth, hidden, n_classes, linear)
             if match[3]:
                 net = Lazy(net)
+        elif match := re.fullmatch(CONV_NET, name):
+            net = Lazy(_ntk_convolutional(shape, int(match[1]), int(match[2]), n_classes))
         elif name in BUILDERS:
             net = BUILDERS[name](shape, n_classes)
         else:
             raise ValueError(
-                f"expected a network in {['fc3-1024', *BUILDERS]}, got {name!r}; pass one of them "
-                "(any depth and width for fc), or a torch.nn.Module of your own to training.train"
+                f"expected a network in {['fc3-1024', 'conv1-256-ntk', *BUILDERS]}, got {name!r}; "
+                "pass one of them (any depth and width for fc and conv), or a torch.nn.Module of "
+                "your own to training.train"
             )
     # Channels last in memory: up to twice as fast on CPUs, and what tensor cores want.
     return net.to(device(), memory_format=torch.channels_last)
@@ -68,13 +72,11 @@ def _fully_connected(n_inputs, depth, width, n_classes, linear):
     return nn.Sequential(*layers, linear(width, n_classes))
 
 
-class NTKLinear(nn.Linear):
-    """y = W_std W x / sqrt(n) + b_std b for n inputs, all weights from N(0, 1) at the start.
+class _NTK:
+    """What linear and convolutional layers of the NTK's parametrisation share."""
 
-    Gradient descent on it at infinite width is kernel regression with `kernels.FullyConnected` of
-    the same W_std and b_std (Jacot et al. 2018), with learning rates that do not depend on widths.
-    """
-
+    weight: Any
+    bias: Any
     W_std, b_std = math.sqrt(2), 0.1
 
     def reset_parameters(self):
@@ -82,9 +84,32 @@ class NTKLinear(nn.Linear):
         nn.init.normal_(self.weight)
         nn.init.normal_(self.bias)
 
+    def scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(W_std W / sqrt(n), b_std b) for n inputs of an output."""
+        return self.W_std / math.sqrt(self.weight[0].numel()) * self.weight, self.b_std * self.bias
+
+
+class NTKLinear(_NTK, nn.Linear):
+    """y = W_std W x / sqrt(n) + b_std b for n inputs, all weights from N(0, 1) at the start.
+
+    Gradient descent on it at infinite width is kernel regression with `kernels.FullyConnected` of
+    the same W_std and b_std (Jacot et al. 2018), with learning rates that do not depend on widths.
+    """
+
     def forward(self, x) -> torch.Tensor:
-        scale = self.W_std / math.sqrt(self.in_features)
-        return nn.functional.linear(x, scale * self.weight, self.b_std * self.bias)
+        weight, bias = self.scaled()
+        return nn.functional.linear(x, weight, bias)
+
+
+class NTKConv(_NTK, nn.Conv2d):
+    """The same of a 3x3 convolution with zero padding, whose outputs have 9 inputs a channel."""
+
+    def __init__(self, before, after):
+        super().__init__(before, after, 3, padding=1)
+
+    def forward(self, x) -> torch.Tensor:
+        weight, bias = self.scaled()
+        return nn.functional.conv2d(x, weight, bias, padding=1)
 
 
 class Lazy(nn.Module):
@@ -101,6 +126,14 @@ class Lazy(nn.Module):
 
     def forward(self, x) -> torch.Tensor:
         return self.net(x) - self.initial(x)
+
+
+def _ntk_convolutional(shape, depth, width, n_classes):
+    layers, before = [], shape[2]
+    for _ in range(depth):
+        layers += [NTKConv(before, width), nn.ReLU()]
+        before = width
+    return nn.Sequential(*layers, nn.Flatten(), NTKLinear(before * shape[0] * shape[1], n_classes))
 
 
 def _simple_cnn(shape, n_classes):

@@ -44,12 +44,15 @@ def is_path(name: str) -> bool:
 FC_NET = r"fc([1-9]\d?)-([1-9]\d*)(-ntk)?"
 """Names of fully connected networks: hidden layers, width; the NTK's parametrisation."""
 
+CONV_NET = r"conv([1-9])-([1-9]\d*)-ntk"
+"""Names of convolutional networks in the NTK's parametrisation: convolutions, channels."""
+
 CNNS = ("simple-cnn", "alexnet", "vgg11")
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 
 
-Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{'|'.join(CNNS)})$")]
+Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{CONV_NET}|{'|'.join(CNNS)})$")]
 Nets = Annotated[tuple[Net, ...], BeforeValidator(listed)]
 Attacks = Annotated[
     tuple[Annotated[str, AfterValidator(named_attack)], ...], BeforeValidator(listed)
