@@ -42,21 +42,25 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
             "has none; pass an adv-kip.npz of a run"
         )
     _check_same(json.loads(settings), experiment, method)
-    small = [arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")]
-    data.check_fits(f"support.grown_from: {path}", *small, x.shape[1:], y.shape[1])
-    if not len(small[0]) < len(x):
+    x_small, y_small = (
+        arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")
+    )
+    data.check_fits(f"support.grown_from: {path}", x_small, y_small, x.shape[1:], y.shape[1])
+    if not len(x_small) < len(x):
         raise ValueError(
-            f"support.grown_from: expected fewer than {len(x)} images, got {len(small[0])} in "
+            f"support.grown_from: expected fewer than {len(x)} images, got {len(x_small)} in "
             f"{path}; pass a larger support.n_support"
         )
     kernel, own = kernels.of(experiment.kernel), experiment.kernel
-    machine = krr.fit(kernel, *small, diag_reg=own.diag_reg, block_size=own.block_size or 0).machine
-    n_more, share = len(x) - len(small[0]), experiment.support.true_share
+    machine = krr.fit(
+        kernel, x_small, y_small, diag_reg=own.diag_reg, block_size=own.block_size or 0
+    ).machine
+    n_more, share = len(x) - len(x_small), experiment.support.true_share
     more = jnp.asarray(x[:n_more])
-    batch_size = own.block_size or gram.rows_of_tile(kernel, len(small[0]))
+    batch_size = own.block_size or gram.rows_of_tile(kernel, len(x_small))
     labels = attacks.predict(machine, more, batch_size=batch_size)
     labels = ((1 - share) * labels + share * y[:n_more]).astype(own.dtype)
-    return np.concatenate([small[0], more]), np.concatenate([small[1], labels])
+    return np.concatenate([x_small, more]), np.concatenate([y_small, labels])
 
 
 def fingerprint(path) -> str:

@@ -49,8 +49,18 @@ np.savez(
 """
 
 
+@pytest.fixture(scope="module")
+def on_one_device():
+    """(X_S, losses) by the number in the program's file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "KEPT", 0)  # both are set anew, and put back in the end
+        patch.setattr(solver, "ROWS_PER_ITERATION", 1)
+        with jax.enable_x64(True):
+            return {"1": few_steps("fc2"), "2": few_steps("conv1"), "3": few_steps("fc2", 0)}
+
+
 @pytest.mark.parametrize(("hosts", "devices_each"), [(1, 4), (2, 2)])
-def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each, monkeypatch):
+def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each, on_one_device):
     """Host CPUs stand in for GPUs; two processes with jax.distributed stand in for two hosts."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -68,13 +78,10 @@ def test_many_devices_give_the_numbers_of_one(tmp_path, hosts, devices_each, mon
     for process in running:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
-    monkeypatch.setattr(solver, "KEPT", 0)  # both are set anew, and put back in the end
-    monkeypatch.setattr(solver, "ROWS_PER_ITERATION", 1)
-    expected = {"1": few_steps("fc2"), "2": few_steps("conv1"), "3": few_steps("fc2", 0)}
     for i in range(hosts):
         found = np.load(tmp_path / f"{i}.npz")
         assert found["devices"] == hosts * devices_each
-        for slot, (x, loss) in expected.items():
+        for slot, (x, loss) in on_one_device.items():
             np.testing.assert_allclose(found["x" + slot], x, rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(found["loss" + slot], loss, rtol=1e-9)
 
