@@ -1,9 +1,13 @@
 """Experiments that differ in a few settings, as one table: what a switch is worth."""
 
 import json
+from collections import Counter
 
 from advkip import tables
 from advkip.config import Experiment, by_path
+
+COLUMNS = 5
+"""Settings that have a column each; of more, one column names those that are not as mostly."""
 
 
 def differing(found: list[dict]) -> list[str]:
@@ -15,6 +19,9 @@ def differing(found: list[dict]) -> list[str]:
 
 def table(found: list[dict], *, trained_on="adv-kip") -> str:
     """Markdown: a row for each model on the distilled sets of each point, seeds together.
+
+    Where more than COLUMNS settings differ, as when switches are tried one at a time, a row names
+    the ones that are not as in most records.
 
     Args:
       found: records (see `records.read`).
@@ -37,6 +44,7 @@ def table(found: list[dict], *, trained_on="adv-kip") -> str:
     if not rows:
         raise ValueError(f"expected models of {trained_on!r} sets in the records, got none")
     attacks = tables.attacks_of([line for _, line in rows])
+    paths, rows = _in_few_columns(paths, rows, found)
     names = [path.split(".")[-1] for path in paths]
     names = [
         path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
@@ -48,6 +56,25 @@ def table(found: list[dict], *, trained_on="adv-kip") -> str:
         for values, line in rows
     ]
     return tables.markdown([head, *body], "l" * (len(names) + 1) + "r" * (3 + len(attacks)))
+
+
+def _in_few_columns(paths, rows, found):
+    """(paths, rows), or one column of what is not as in most records."""
+    if len(paths) <= COLUMNS:
+        return paths, rows
+    usual = []
+    for path in paths:
+        values = Counter(json.dumps(_settings(record).get(path)) for record in found)
+        usual.append(json.loads(values.most_common(1)[0][0]))
+    merged = []
+    for values, line in rows:
+        changed = [
+            f"{path.split('.')[-1]} {_shown(value)}"
+            for path, value, mostly in zip(paths, values, usual, strict=True)
+            if value != mostly
+        ]
+        merged.append(([", ".join(changed) or "none"], line))
+    return ["changed"], merged
 
 
 def _settings(record):

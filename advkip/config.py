@@ -248,8 +248,14 @@ def schema() -> str:
     found = Experiment.model_json_schema()
     found["properties"]["grid"] = {
         "type": "object",
-        "description": "settings by path, each with its values: one experiment for each point",
-        "additionalProperties": {"type": "array", "minItems": 1},
+        "description": "settings by path, each with its values, or a word of your own with named "
+        "settings: one experiment for each point",
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "array", "minItems": 1},
+                {"type": "object", "additionalProperties": {"type": "object"}, "minProperties": 1},
+            ]
+        },
     }
     return json.dumps(found, indent=1) + "\n"
 

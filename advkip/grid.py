@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,8 +14,16 @@ KEY = "grid"
 def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experiment]:
     """The experiments of a params file: one, or one for each point of its `grid`.
 
-    A grid maps settings to lists of values; its points are named after the experiment and what
-    differs, as 'mnist-seed1-n_support500'.
+    A grid maps settings to lists of values, or a word of your own to variants, each a name and the
+    settings that it changes together:
+
+        grid:
+          seed: [0, 1, 2]
+          switch:
+            paper: {}
+            hinge: {adv_kip.inner_loss: margin, adv_kip.outer_loss: hinge}
+
+    Points are named after the experiment and what differs, as 'mnist-seed1-hinge'.
 
     Raises:
       ValueError: as `Experiment.from_file`, or a grid that is not such a mapping.
@@ -23,23 +32,38 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
     grid = params.pop(KEY, None)
     if grid is None:
         return [Experiment.from_file(path, overrides)]
-    if (
-        not isinstance(grid, dict)
-        or not grid
-        or not all(isinstance(values, list) and values for values in grid.values())
-    ):
+    if not isinstance(grid, dict) or not grid or not all(map(_is_axis, grid.values())):
         raise ValueError(
-            f"{path}: expected grid to map settings to lists of values, got {grid!r}; pass for "
-            "example {seed: [0, 1, 2], support.n_support: [500, 1000]}"
+            f"{path}: expected grid to map settings to lists of values, or a word to named "
+            f"settings, got {grid!r}; pass for example {{seed: [0, 1, 2], switch: {{paper: {{}}, "
+            "margin: {adv_kip.inner_loss: margin}}}"
         )  # fmt: skip
     found = []
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
-        name = "-".join([params["name"], *map(_label, point, point.values())])
-        found.append(Experiment.from_file(path, overrides, given={"name": name, **point}))
+    for point in itertools.product(*itertools.starmap(_axis, grid.items())):
+        name = "-".join([params["name"], *(label for label, _ in point)])
+        given = {key: value for _, settings in point for key, value in settings.items()}
+        found.append(Experiment.from_file(path, overrides, given={"name": name, **given}))
+    if twice := [name for name, n in Counter(one.name for one in found).items() if n > 1]:
+        raise ValueError(
+            f"{path}: expected a name for each point of the grid, got {twice[0]!r} twice; pass "
+            "other names, or a value once"
+        )
     return found
 
 
-def _label(key, value):
-    """'n_support500' of support.n_support and 500."""
-    return re.sub(r"[^\w.-]", "-", f"{key.split('.')[-1]}{value}")
+def _is_axis(values):
+    if isinstance(values, dict):
+        return bool(values) and all(isinstance(one, dict) for one in values.values())
+    return isinstance(values, list) and bool(values)
+
+
+def _axis(key, values):
+    """(label, {setting: value}) of each point along a direction of the grid."""
+    if isinstance(values, dict):
+        return [(_plain(name), settings) for name, settings in values.items()]
+    return [(_plain(f"{key.split('.')[-1]}{value}"), {key: value}) for value in values]
+
+
+def _plain(text):
+    """What may stand in a folder's name: 'n_support500'."""
+    return re.sub(r"[^\w.-]", "-", str(text))

@@ -95,6 +95,20 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
         (0, 20), (0, 30), (1, 20), (1, 30),
     ]  # fmt: skip
     assert {(one.threat.epsilon, one.kip) for one in found} == {(8 / 255, None)}
+    path.write_text(
+        "grid:\n  seed: [0, 1]\n  switch:\n    the paper's: {}\n"
+        "    hinge:\n      adv_kip.inner_loss: margin\n      adv_kip: {outer_loss: hinge}\n"
+        "      support.clip: true\n"
+    )
+    found = grid.experiments(path, ["support.n_support=40"])
+    assert [one.name for one in found] == [
+        "y-seed0-the-paper-s", "y-seed0-hinge", "y-seed1-the-paper-s", "y-seed1-hinge",
+    ]  # fmt: skip
+    assert found[2] == experiment(name=found[2].name, seed=1, support__n_support=40)
+    assert found[3] == experiment(
+        name="y-seed1-hinge", seed=1, support__n_support=40, support__clip=True,
+        adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge",
+    )  # fmt: skip
     path.write_text("seed: 3")
     assert [one.seed for one in grid.experiments(path)] == [3]
 
@@ -102,11 +116,15 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grid: [1]", "expected grid to map settings to lists of values, got .1."),
+        ("grid: [1]", "expected grid to map settings to lists.*, got .1."),
         ("grid: {}", "expected grid to map settings to lists"),
         ("grid: {seed: 1}", "expected grid to map settings to lists"),
         ("grid: {seed: []}", "expected grid to map settings to lists"),
         ("grid: {support.n: [1]}", "support.n: expected a known setting"),
+        ("grid: {switch: {}}", "expected grid to map settings to lists"),
+        ("grid: {switch: {a: [1]}}", "expected grid to map settings to lists"),
+        ("grid: {switch: {a: {support.n: 1}}}", "support.n: expected a known setting"),
+        ("grid: {seed: [1, 1]}", "expected a name for each point of the grid, got 'y-seed1' twice"),
         ("grid: {seed: [x]}", "seed: expected a valid integer, got 'x'"),
     ],
 )

@@ -61,6 +61,22 @@ def test_a_table_of_what_differs(tmp_path):
         ablation.table(of_grid, trained_on="kip")
 
 
+def test_switches_one_at_a_time_are_named(tmp_path):
+    """More settings than columns; what most records have goes without saying."""
+    changes = [
+        {}, {"adv_kip__inner_loss": "margin"}, {"adv_kip__learning_rate": 0.5},
+        {"kernel__b_std": 0.5}, {"adv_kip__inner_loss": "margin", "support__clip": True},
+        {"adv_kip__random_start": True}, {"support__label_scale": 2.0},
+    ]  # fmt: skip
+    found = [write(tmp_path / str(i), **change) for i, change in enumerate(changes)]
+    lines = ablation.table(found).splitlines()
+    assert lines[0] == "| changed | model | images | tested on | seeds | clean | pgd10 |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| none", "| inner_loss margin", "| learning_rate 0.5", "| b_std 0.5",
+        "| clip True, inner_loss margin", "| random_start True", "| label_scale 2",
+    ]  # fmt: skip
+
+
 def test_tables_between_marks(tmp_path):
     found = grid(tmp_path)
     text = "a\n<!-- grid t* -->\nold\n<!-- /grid -->\nb\n<!-- grid rate t20 -->\n<!-- /grid -->\n"
