@@ -5,6 +5,7 @@ leaves out keeps its default. `params/schema.json` is made from here.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,7 @@ class Experiment(Section):
     """null leaves it out"""
     robust_features: s.RobustFeatures = s.RobustFeatures()
     diagnosis: s.Diagnosis = s.Diagnosis()
+    remedies: s.Remedies = s.Remedies()
     evaluation: s.Evaluation = s.Evaluation()
 
     @model_validator(mode="after")
@@ -89,6 +91,8 @@ class Experiment(Section):
                 )
         if "04_shortcomings" in self.notebooks:
             self._check_diagnosis()
+        if "05_remedies" in self.notebooks:
+            self.variants()
         return self
 
     def _check_diagnosis(self):
@@ -105,6 +109,26 @@ class Experiment(Section):
                 "adversarial_training with nets, diagnosis.sets with the path of a set that is "
                 "there, or without it"
             )
+
+    def variants(self) -> dict[str, "Experiment"]:
+        """The experiments of `remedies.variants` by name; their own names are of folders.
+
+        Raises:
+          ValueError: a variant that is no experiment, or two of one folder.
+        """
+        found = {}
+        for title, changes in self.remedies.variants.items():
+            own = {"name": f"{self.name}-{file_name(title)}", "notebooks": ["01_kernels"]}
+            try:
+                found[title] = self.replace(**merged(changes, own))
+            except ValueError as error:
+                raise ValueError(f"remedies.variants: {title!r}: {error}") from None
+        if len({one.name for one in found.values()}) < len(found):
+            raise ValueError(
+                f"remedies.variants: expected names that differ as folders, got {list(found)}; "
+                "pass others"
+            )
+        return found
 
     @property
     def methods(self) -> tuple[s.Method, ...]:
@@ -173,6 +197,11 @@ class Experiment(Section):
         return [1000 * self.seed + i for i in range(self.networks.n_seeds)]
 
 
+def file_name(text: object) -> str:
+    """A text as a part of a folder's name: 'n_support500'."""
+    return re.sub(r"[^\w.-]", "-", str(text))
+
+
 def by_path(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """('section.key', value) of all settings."""
     for key, value in settings.items():
@@ -198,6 +227,7 @@ SECTIONS = {
     "04_shortcomings": (
         *_NETS, "fully_connected", "cnns", "adversarial_training", "robust_features", "diagnosis",
     ),
+    "05_remedies": (*_NETS, "fully_connected", "cnns", "remedies"),
 }  # fmt: skip
 """Notebook: the sections that its results depend on. Another notebook depends on all."""
 

@@ -27,11 +27,11 @@ LAYERS = {
     "inputs devices",
     "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr "
     "losses threat ascent attacks worst_case compat",
-    "PyTorch": "torch_attacks probes hard_label bridge nets recipe training search",
+    "PyTorch": "torch_attacks probes hard_label bridge lazy nets recipe training search",
     "sets": "data optimizers objective growth algorithm distill features sets",
     "judgement": "models answers evaluate published verdict questions diagnose",
-    "paper": "figures preflight records tables ablation texts report panel signals execute "
-    "sweep run docs",
+    "paper": "figures pictures preflight records tables ablation texts report panel signals "
+    "execute sweep run docs",
 }
 """Modules of the package, in the order of what they build on."""
 

@@ -1,12 +1,11 @@
 """One params file, many experiments: `grid: {seed: [0, 1, 2], support.n_support: [500, 1000]}`."""
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from advkip.config import Experiment, read_params
+from advkip.config import Experiment, file_name, read_params
 
 KEY = "grid"
 
@@ -60,10 +59,5 @@ def _is_axis(values):
 def _axis(key, values):
     """(label, {setting: value}) of each point along a direction of the grid."""
     if isinstance(values, dict):
-        return [(_plain(name), settings) for name, settings in values.items()]
-    return [(_plain(f"{key.split('.')[-1]}{value}"), {key: value}) for value in values]
-
-
-def _plain(text):
-    """What may stand in a folder's name: 'n_support500'."""
-    return re.sub(r"[^\w.-]", "-", str(text))
+        return [(file_name(name), settings) for name, settings in values.items()]
+    return [(file_name(f"{key.split('.')[-1]}{value}"), {key: value}) for value in values]

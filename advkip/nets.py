@@ -4,10 +4,9 @@ Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisat
 layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
 """
 
-import copy
-import math
 import re
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from advkip import data
+from advkip import data, lazy
 from advkip.settings import CONV_NET, FC_NET
 
 
@@ -24,8 +23,9 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
 
     Args:
       name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'fc3-1024-ntk' (the same
-        as the kernel has it at infinite width, see `Lazy`), 'conv1-256-ntk' (that of
-        `kernels.Convolutional`: 1 convolution of 256 channels, ReLU, a linear layer),
+        as the kernel has it at infinite width, see `lazy`), 'conv1-256-ntk' (that of
+        `kernels.Convolutional`: 1 convolution of 256 channels, ReLU, a linear layer), each with a
+        scale other than 1 behind it, as 'fc1-4096-ntk0.1',
         'simple-cnn' (three 3x3 convolutions of width 64, each with ReLU and 2x2 max-pooling, one
         linear layer), 'alexnet' or 'vgg11' (torchvision's layers with the first strides and the
         pooling made for small images; vgg11 with batch normalisation).
@@ -45,13 +45,14 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
         if match:
-            depth, hidden = int(match[1]), int(match[2])
-            linear = NTKLinear if match[3] else nn.Linear
+            depth, hidden, scale = int(match[1]), int(match[2]), float(match[3] or 1)
+            ntk = "-ntk" in name
+            linear = partial(lazy.NTKLinear, scale=scale) if ntk else nn.Linear
             net = _fully_connected(height * width * channels, depth, hidden, n_classes, linear)
-            if match[3]:
-                net = Lazy(net)
+            net = lazy.Lazy(net, scale) if ntk else net
         elif match := re.fullmatch(CONV_NET, name):
-            net = Lazy(_ntk_convolutional(shape, int(match[1]), int(match[2]), n_classes))
+            depth, hidden, scale = int(match[1]), int(match[2]), float(match[3] or 1)
+            net = lazy.convolutional(shape, depth, hidden, n_classes, scale)
         elif name in BUILDERS:
             net = BUILDERS[name](shape, n_classes)
         else:
@@ -70,70 +71,6 @@ def _fully_connected(n_inputs, depth, width, n_classes, linear):
     for before, after in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, linear(width, n_classes))
-
-
-class _NTK:
-    """What linear and convolutional layers of the NTK's parametrisation share."""
-
-    weight: Any
-    bias: Any
-    W_std, b_std = math.sqrt(2), 0.1
-
-    def reset_parameters(self):
-        """Draws the weights."""
-        nn.init.normal_(self.weight)
-        nn.init.normal_(self.bias)
-
-    def scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(W_std W / sqrt(n), b_std b) for n inputs of an output."""
-        return self.W_std / math.sqrt(self.weight[0].numel()) * self.weight, self.b_std * self.bias
-
-
-class NTKLinear(_NTK, nn.Linear):
-    """y = W_std W x / sqrt(n) + b_std b for n inputs, all weights from N(0, 1) at the start.
-
-    Gradient descent on it at infinite width is kernel regression with `kernels.FullyConnected` of
-    the same W_std and b_std (Jacot et al. 2018), with learning rates that do not depend on widths.
-    """
-
-    def forward(self, x) -> torch.Tensor:
-        weight, bias = self.scaled()
-        return nn.functional.linear(x, weight, bias)
-
-
-class NTKConv(_NTK, nn.Conv2d):
-    """The same of a 3x3 convolution with zero padding, whose outputs have 9 inputs a channel."""
-
-    def __init__(self, before, after):
-        super().__init__(before, after, 3, padding=1)
-
-    def forward(self, x) -> torch.Tensor:
-        weight, bias = self.scaled()
-        return nn.functional.conv2d(x, weight, bias, padding=1)
-
-
-class Lazy(nn.Module):
-    """f(x) - f_0(x), f_0 being the network f as it was drawn: 0 at the start, as in Eq. 4."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.initial = copy.deepcopy(net)
-        for module in self.initial.modules():
-            for name, weights in list(module._parameters.items()):
-                delattr(module, name)
-                module.register_buffer(name, weights.detach())
-        self.net = net
-
-    def forward(self, x) -> torch.Tensor:
-        return self.net(x) - self.initial(x)
-
-
-def _ntk_convolutional(shape, depth, width, n_classes):
-    layers, before = [], shape[2]
-    for _ in range(depth):
-        layers += [NTKConv(before, width), nn.ReLU()]
-        before = width
-    return nn.Sequential(*layers, nn.Flatten(), NTKLinear(before * shape[0] * shape[1], n_classes))
 
 
 def _simple_cnn(shape, n_classes):

@@ -15,7 +15,18 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from advkip import algorithm, attacks, data, distill, figures, kernels, krr, models, torch_attacks
+from advkip import (
+    algorithm,
+    attacks,
+    data,
+    distill,
+    figures,
+    kernels,
+    krr,
+    models,
+    pictures,
+    torch_attacks,
+)
 from advkip.attack_names import Attack
 from advkip.config import Experiment
 
@@ -110,20 +121,20 @@ class _Drawing:
     def png(self, found: Attacked, names) -> bytes:
         added = (found.x_attacked - found.x).mean(2)
         limit = max(float(np.abs(added).max()), 1e-12)
-        pictures = (found.x, found.x_attacked, added)
+        shown = (found.x, found.x_attacked, added)
         titles = (
             f"taken for {names[int(found.before.argmax())]}",
             f"attacked: taken for {names[int(found.after.argmax())]}",
             f"added (white 0, colour ±{limit:.2g})",
         )
-        for axis, picture, title in zip(self.images, pictures, titles, strict=True):
+        for axis, picture, title in zip(self.images, shown, titles, strict=True):
             axis.clear()
             axis.set(xticks=[], yticks=[])
             axis.set_title(title, fontsize=9)
             if picture is added:
                 axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
             else:
-                figures.draw_image(axis, picture)
+                pictures.draw_image(axis, picture)
         for bars, values in zip(self.bars, (found.before, found.after), strict=True):
             for bar, value in zip(bars, values, strict=True):
                 bar.set_height(float(value))
@@ -138,7 +149,7 @@ class _Drawing:
             axis.set_visible(i < len(found.neighbours))
             if i < len(found.neighbours):
                 image, term = found.neighbours[i]
-                figures.draw_image(axis, image)
+                pictures.draw_image(axis, image)
                 axis.set_title(f"speaks for it: {term:+.2f}", fontsize=8)
         return _png(self.figure)
 
@@ -185,7 +196,7 @@ class AttackPanel(Panel):
         w, self.machines, self.x, self.y, self.norm = self.widgets, machines, x, y, norm
         classes = int(np.max(y)) + 1
         largest = largest or (min(1.0, 4 * radius) if norm == "linf" else 4 * radius)
-        self.names = figures.class_names(dataset, np.arange(classes))
+        self.names = pictures.class_names(dataset, np.arange(classes))
         self.drawing = _Drawing(classes)
         self.model = w.Dropdown(options=list(machines), description="model")
         self.index = w.IntSlider(0, 0, len(x) - 1, description="image")
@@ -218,7 +229,7 @@ def _so_far(y_before, x, y, history, names):
     )
     for column, i in enumerate(np.linspace(0, len(x) - 1, 8).astype(int)):
         image, labels = (figure.add_subplot(grid[row, column]) for row in (0, 1))
-        figures.draw_image(image, x[i])
+        pictures.draw_image(image, x[i])
         image.set_title(names[i], fontsize=9)
         labels.bar(range(y.shape[1]), y_before[i], color="#b9c0c6")
         labels.bar(range(y.shape[1]), y[i], 0.5, color=figures.COLOURS["clean"])
@@ -278,7 +289,7 @@ class LivePanel(Panel):
     def _show(self):
         support = [np.asarray(part) for part in self.state.support]
         dataset = self.experiment.dataset.name
-        names = figures.class_names(dataset, self.initial[1].argmax(1))
+        names = pictures.class_names(dataset, self.initial[1].argmax(1))
         self.picture.value = _png(_so_far(self.initial[1], *support, self.state.history, names))
         line = self.state.history[-1]
         self.text.value = (

@@ -4,7 +4,7 @@ The defaults are the seconds-on-a-CPU case on scikit-learn's digits, and the onl
 show them. `null` means "none", "never" or "all", as the field says.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -41,11 +41,12 @@ def is_path(name: str) -> bool:
     return name not in SETS
 
 
-FC_NET = r"fc([1-9]\d?)-([1-9]\d*)(-ntk)?"
-"""Names of fully connected networks: hidden layers, width; the NTK's parametrisation."""
+_NTK = r"-ntk(0\.\d*[1-9]|[1-9]\d*)?"
+FC_NET = rf"fc([1-9]\d?)-([1-9]\d*)(?:{_NTK})?"
+"""Names of fully connected networks: hidden layers, width; the NTK's parametrisation, its scale."""
 
-CONV_NET = r"conv([1-9])-([1-9]\d*)-ntk"
-"""Names of convolutional networks in the NTK's parametrisation: convolutions, channels."""
+CONV_NET = rf"conv([1-9])-([1-9]\d*){_NTK}"
+"""Names of convolutional networks in the NTK's parametrisation: convolutions, channels, scale."""
 
 CNNS = ("simple-cnn", "alexnet", "vgg11")
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
@@ -263,6 +264,15 @@ class Diagnosis(Section):
     """test images of a verdict; 100 or more say something"""
     kernels: bool = True
     """the kernel machine of each set, too, under AutoAttack"""
+
+
+class Remedies(Section):
+    """Of notebook 05."""
+
+    variants: dict[str, dict[str, Any]] = {
+        "margin and hinge": {"adv_kip": {"inner_loss": "margin", "outer_loss": "hinge"}}
+    }
+    """name: the settings that it changes, in sections; each is distilled beside the experiment's"""
 
 
 class Evaluation(Section):

@@ -176,7 +176,7 @@ def _group(model, trained_on):
 
 
 def _trained_on(row):
-    name = f"{row['trained_on']} {row.get('set_kernel', '')}".strip()
+    name = " ".join(filter(None, map(row.get, ("trained_on", "set_kernel", "variant"))))
     return name + ", adversarial training" * (row["training"] == "adversarial")
 
 

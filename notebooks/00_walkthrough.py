@@ -15,7 +15,8 @@
 # # Walkthrough: can data alone make a classifier robust?
 #
 # **0 walkthrough** → [1 kernels](01_kernels.ipynb) → [2 transfer](02_transfer.ipynb) → [3
-# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb)
+# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb) → [5
+# remedies](05_remedies.ipynb)
 #
 # *You will know* a neural tangent kernel, an attack on it, and how training images are optimised
 # against it. *You need* what a derivative and a linear system are; Python. *It takes* half a
@@ -44,7 +45,18 @@ output: str = "../reports/scratch"  # where the figures go
 import jax.numpy as jnp
 import numpy as np
 
-from advkip import attacks, checked, data, distill, evaluate, figures, kernels, krr, panel
+from advkip import (
+    attacks,
+    checked,
+    data,
+    distill,
+    evaluate,
+    figures,
+    kernels,
+    krr,
+    panel,
+    pictures,
+)
 from advkip.config import Experiment
 
 # %% [markdown]
@@ -134,7 +146,7 @@ attacked = before[-1].x_attacked[fooled]
 wrong = np.asarray(original(attacked).argmax(1))
 titles = [f"{a} taken for {b}" for a, b in zip(splits.y_test[fooled], wrong, strict=True)]
 figures.save(
-    figures.attacked_images(splits.x_test[fooled], attacked, titles), output, "walkthrough_attack"
+    pictures.attacked_images(splits.x_test[fooled], attacked, titles), output, "walkthrough_attack"
 )
 
 # %% [markdown]
@@ -162,7 +174,7 @@ figures.save(
 
 # %%
 figures.save(
-    figures.before_and_after(x_support, y_support, distilled.x_support, distilled.y_support),
+    pictures.before_and_after(x_support, y_support, distilled.x_support, distilled.y_support),
     output, "walkthrough_images",
 )  # fmt: skip
 
@@ -185,7 +197,10 @@ for machine, curve in zip((original, robust), curves.values(), strict=True):
         ball = {**settings, "threat": attacks.Threat("linf", size), "step_size": size / 4}
         outcomes = evaluate.evaluate(machine, splits.x_test, splits.y_test, progress=False, **ball)
         curve.append(outcomes[-1].accuracy)
-figures.save(figures.accuracy_against_epsilon(epsilons, curves), output, "walkthrough_epsilon")
+figures.save(
+    figures.accuracy_against(epsilons, curves, label="attack radius (pixel units)"),
+    output, "walkthrough_epsilon",
+)  # fmt: skip
 
 # %% [markdown]
 # ## Try it

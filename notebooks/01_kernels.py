@@ -15,7 +15,8 @@
 # # Robust kernels from data alone
 #
 # [0 walkthrough](00_walkthrough.ipynb) → **1 kernels** → [2 transfer](02_transfer.ipynb) → [3
-# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb)
+# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb) → [5
+# remedies](05_remedies.ipynb)
 #
 # *You will know* Algorithm 1 step by step, its exact gradient, and how adv-KIP and KIP differ
 # under attack. *You need* notebook 0. *It takes* 20 seconds on the defaults; half an hour for
@@ -77,6 +78,7 @@ from advkip import (
     kernels,
     krr,
     losses,
+    pictures,
     records,
     sets,
     tables,
@@ -163,7 +165,7 @@ figures.save(figures.gradient_norms(histories), folder, "figure4_gradient_norm")
 
 # %%
 for method, result in distilled.items():
-    figure = figures.before_and_after(
+    figure = pictures.before_and_after(
         result.x_initial, result.y_initial, result.x_support, result.y_support,
         dataset=experiment.dataset.name,
     )  # fmt: skip
@@ -211,7 +213,7 @@ display(Markdown(tables.accuracy([recorder.own()], tables=("1", "2", "9"), model
 
 # %%
 clean, _, pgd = max(outcomes.values(), key=lambda found: found[-1].accuracy)
-figure = figures.attacks_survived(
+figure = pictures.attacks_survived(
     splits.x_test, splits.y_test, clean, pgd, dataset=experiment.dataset.name
 )
 figures.save(figure, folder, "attacked_test_images")

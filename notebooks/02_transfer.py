@@ -15,7 +15,8 @@
 # # From the kernel to a network of the same depth
 #
 # [0 walkthrough](00_walkthrough.ipynb) → [1 kernels](01_kernels.ipynb) → **2 transfer** → [3
-# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb)
+# CNNs](03_cnns.ipynb) → [4 shortcomings](04_shortcomings.ipynb) → [5
+# remedies](05_remedies.ipynb)
 #
 # *You will know* how much of a kernel's robustness a finite network inherits, and what the
 # learning rate has to do with it. *You need* notebooks 0 and 1; what training a network is. *It

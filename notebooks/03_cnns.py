@@ -15,7 +15,8 @@
 # # Convolutional networks, beside adversarial training
 #
 # [0 walkthrough](00_walkthrough.ipynb) → [1 kernels](01_kernels.ipynb) → [2
-# transfer](02_transfer.ipynb) → **3 CNNs** → [4 shortcomings](04_shortcomings.ipynb)
+# transfer](02_transfer.ipynb) → **3 CNNs** → [4 shortcomings](04_shortcomings.ipynb) →
+# [5 remedies](05_remedies.ipynb)
 #
 # *You will know* what the set does to convolutional networks, and what adversarial training costs
 # and brings. *You need* notebooks 0 to 2. *It takes* 40 seconds on the defaults; 40 minutes for
@@ -64,7 +65,18 @@ output: str = None  # where checkpoints, figures and results.json go; None: repo
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import data, evaluate, figures, kernels, records, search, sets, tables, training
+from advkip import (
+    data,
+    evaluate,
+    figures,
+    kernels,
+    pictures,
+    records,
+    search,
+    sets,
+    tables,
+    training,
+)
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals(), "03_cnns")
@@ -165,7 +177,7 @@ display(Markdown(tables.accuracy([recorder.own()], tables=("5", "6", "7"))))
 # %%
 for (*model, net_seed), results in outcomes.items():
     for one in [one for one in results[1:] if one.norm == experiment.threat.norm][-2:]:
-        figure = figures.attacks_survived(
+        figure = pictures.attacks_survived(
             x_test, y_test, results[0], one, dataset=experiment.dataset.name
         )
         display(Markdown(f"**{records.title(*model)}**, {one.attack}"))

@@ -15,7 +15,8 @@
 # # Is it real? Robust features, AutoAttack on kernels, and a verdict
 #
 # [0 walkthrough](00_walkthrough.ipynb) → [1 kernels](01_kernels.ipynb) → [2
-# transfer](02_transfer.ipynb) → [3 CNNs](03_cnns.ipynb) → **4 shortcomings**
+# transfer](02_transfer.ipynb) → [3 CNNs](03_cnns.ipynb) → **4 shortcomings** →
+# [5 remedies](05_remedies.ipynb)
 #
 # *You will know* how to tell a robust model from one that hides its gradients, and what to make
 # of a published figure. *You need* notebooks 0 to 3. *It takes* a minute and a half on the
@@ -84,6 +85,7 @@ from advkip import (
     figures,
     kernels,
     panel,
+    pictures,
     records,
     search,
     sets,
@@ -137,7 +139,7 @@ if sets.ROBUST_FEATURES in experiment.diagnosis.sets:
     )  # fmt: skip
     chosen[sets.ROBUST_FEATURES] = data.TrainingSet(made.x, made.y)
     print(f"mean distance to the original's representation: {made.distance.mean():.2f}")
-    figure = figures.inverted_images(made.x_original[:10], made.x_start[:10], made.x[:10])
+    figure = pictures.inverted_images(made.x_original[:10], made.x_start[:10], made.x[:10])
     display(figures.save(figure, folder, "robust_features"))
 {of_set: (one.x.shape, one.y.shape) for of_set, one in chosen.items()}
 

@@ -173,7 +173,7 @@ def test_every_section_is_named_where_it_is_used():
     assert config.sections("01_kernels", "00_walkthrough") == config.sections("01_kernels")
     every = set(Experiment.model_fields)
     assert set(config.sections("mine")) == every
-    assert every - set(config.sections("04_shortcomings")) == {"name", "notebooks"}
+    assert every - set(config.sections("04_shortcomings")) == {"name", "notebooks", "remedies"}
 
 
 def test_sets_that_cannot_be_had(tmp_path):
@@ -276,3 +276,37 @@ def test_errors_speak_of_a_setting_by_the_callers_name(change, message):
     names = checked.named({"adv_kip.n_steps": "outer_steps", "epsilon": "radius"})
     with pytest.raises(ValueError, match=message), names:
         experiment(**change)
+
+
+def test_variants_are_experiments_of_their_own():
+    changes = {
+        "margin and hinge": {"adv_kip": {"inner_loss": "margin"}, "seed": 3},
+        "fc1": {"kernel": {"name": "fc1"}, "name": "x", "notebooks": ["05_remedies"]},
+    }
+    e = experiment(
+        name="r", notebooks=["05_remedies"], adv_kip__n_steps=7, remedies__variants=changes
+    )
+    found = e.variants()
+    assert list(found) == list(changes)
+    hinge, shallow = found.values()
+    assert (hinge.name, hinge.notebooks) == ("r-margin-and-hinge", ("01_kernels",))
+    assert (hinge.adv_kip.inner_loss, hinge.adv_kip.n_steps, hinge.seed) == ("margin", 7, 3)
+    assert (shallow.name, shallow.notebooks) == ("r-fc1", ("01_kernels",))
+    assert (shallow.kernel.name, shallow.adv_kip) == ("fc1", e.adv_kip)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"a": {"adv_kip": {"inner": 1}}},
+            "remedies.variants: 'a': adv_kip.inner: expected a known",
+        ),
+        ({"a": {"kernel": {"name": "fc0"}}}, "remedies.variants: 'a': kernel.name: expected"),
+        ({"a b": {}, "a-b": {}}, "expected names that differ as folders, got .'a b', 'a-b'"),
+        ({"a": 1}, "expected a valid dictionary"),
+    ],
+)
+def test_variants_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment(notebooks=["05_remedies"], remedies__variants=changes)

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from advkip import figures
+from advkip import figures, pictures
 
 HISTORY = [
     {"step": 10 * i, "loss": 2.0, "clean": 0.9 - 0.01 * i, "fgsm": 0.1 * i, "pgd": 0.05 * i,
@@ -65,23 +65,33 @@ def test_gradient_norms_and_trade_off_show_the_history():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images(rng, channels):
     x, labels = rng.uniform(0, 1, (25, 6, 6, channels)), np.eye(10)[np.arange(25) % 10]
-    figure = figures.before_and_after(x, labels, x + 0.2, labels - 0.1)
+    figure = pictures.before_and_after(x, labels, x + 0.2, labels - 0.1)
     assert len(figure.axes) == 40
     assert [axis.get_title() for axis in figure.axes[:10]] == [str(c) for c in range(10)]
-    named = figures.before_and_after(x, labels, x, labels, dataset="cifar10")
+    named = pictures.before_and_after(x, labels, x, labels, dataset="cifar10")
     assert [axis.get_title() for axis in named.axes[2:4]] == ["bird", "cat"]
     difference = figure.axes[20].images[0]
     np.testing.assert_allclose(difference.get_array(), 0.2, rtol=1e-12)
     assert difference.get_clim() == pytest.approx((-0.2, 0.2))
-    figure = figures.attacked_images(x[:3], x[:3], ["a", "b", "c"])
+    figure = pictures.attacked_images(x[:3], x[:3], ["a", "b", "c"])
     assert [axis.get_title() for axis in figure.axes[:3]] == ["a", "b", "c"]
 
 
 def test_curves():
     (axis,) = figures.kernel_profile(np.array([1.0, 0.0]), {"fc3": np.array([1.0, 0.4])}).axes
     np.testing.assert_allclose(axis.lines[0].get_xydata(), [(0, 1), (90, 0.4)], atol=1e-12)
-    (axis,) = figures.accuracy_against_epsilon([0, 0.3], {"original": [0.9, 0.1]}).axes
+    (axis,) = figures.accuracy_against([0, 0.3], {"original": [0.9, 0.1]}, label="radius").axes
     np.testing.assert_allclose(axis.lines[0].get_ydata(), [90, 10])
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("radius", "linear")
+    figure = figures.accuracy_against(
+        [64, 4096], {"clean": [0.9, 0.95], "robust": [np.nan, 0.2]}, label="width", log=True,
+        levels={"the kernel, clean": 1.0, "the kernel, robust": 0.3},
+    )  # fmt: skip
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["64", "4,096"]
+    clean, robust, *levels = axis.lines
+    assert [line.get_ydata()[0] for line in levels] == [100, 30]
+    assert [line.get_color() for line in levels] == [clean.get_color(), robust.get_color()]
 
 
 def test_loss_and_gradient_by_right_and_wrong():
@@ -139,7 +149,7 @@ def test_rounding_shows_how_sure_of_what_pgd_leaves():
 
 def test_inverted_images(rng):
     images = rng.random((3, 5, 8, 8, 1))
-    figure = figures.inverted_images(*images)
+    figure = pictures.inverted_images(*images)
     assert len(figure.axes) == 15
     np.testing.assert_allclose(figure.axes[10].images[0].get_array(), images[2, 0].squeeze())
 

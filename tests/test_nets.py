@@ -97,15 +97,40 @@ def test_representation_without_a_linear_layer():
         nets.representation(torch.nn.Sequential(twice, twice), torch.zeros(1, 4))
 
 
+def test_weights_move_less_at_a_large_scale(rng):
+    """The step is the same, of a network whose features hardly change, or do."""
+    x, y = rng.random((12, 4, 4, 1)), np.eye(3, dtype="float32")[np.arange(12) % 3]
+    moved, steps = {}, {}
+    for scale in ("0.1", "", "10"):
+        net = nets.build(f"fc1-256-ntk{scale}", shape=(4, 4, 1), n_classes=3, seed=0)
+        before = net.net[1].scaled()[0].detach().clone()
+        loss = ((net(nets.to_tensor(x)) - torch.as_tensor(y).to(nets.device())) ** 2).sum() / 2
+        loss.backward()
+        with torch.no_grad():
+            for weights in net.parameters():
+                weights -= 0.001 * weights.grad
+            moved[scale] = float((net.net[1].scaled()[0] - before).norm() / before.norm())
+            steps[scale] = nets.to_numpy(net(nets.to_tensor(x)))
+    assert moved["0.1"] == pytest.approx(10 * moved[""], rel=0.01)
+    assert moved["10"] == pytest.approx(0.1 * moved[""], rel=0.01)
+    np.testing.assert_allclose(steps["10"], steps[""], rtol=0.1, atol=1e-3)
+    assert np.abs(steps[""]).max() > 0.005
+
+
 def test_bad_input():
-    for name in ("fc0-10", "resnet18", "fc3", "cnn"):
+    for name in ("fc0-10", "resnet18", "fc3", "cnn", "fc1-8-ntk0", "fc1-8-ntk01", "conv1-8"):
         with pytest.raises(ValueError, match="expected a network in"):
             nets.build(name, shape=(8, 8, 1), n_classes=10, seed=0)
 
 
 @pytest.mark.parametrize(
     ("name", "kernel", "channels"),
-    [("fc2-4096-ntk", "fc2", 1), ("conv1-4096-ntk", "conv1", 2), ("conv2-1024-ntk", "conv2", 1)],
+    [
+        ("fc2-4096-ntk", "fc2", 1),
+        ("fc2-4096-ntk10", "fc2", 1),
+        ("conv1-4096-ntk", "conv1", 2),
+        ("conv2-1024-ntk0.5", "conv2", 1),
+    ],  # fmt: skip
 )
 def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channels):
     """At a large width the network's own tangent kernel is near the closed form, and a small step
