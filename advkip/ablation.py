@@ -7,7 +7,8 @@ from advkip import tables
 from advkip.config import Experiment, by_path
 
 COLUMNS = 5
-"""Settings that have a column each; of more, one column names those that are not as mostly."""
+"""Settings that have a column each; of more, one column names those that are not as in most
+records."""
 
 
 def differing(found: list[dict]) -> list[str]:
@@ -44,11 +45,12 @@ def table(found: list[dict], *, trained_on="adv-kip") -> str:
     if not rows:
         raise ValueError(f"expected models of {trained_on!r} sets in the records, got none")
     attacks = tables.attacks_of([line for _, line in rows])
-    paths, rows = _in_few_columns(paths, rows, found)
     names = [path.split(".")[-1] for path in paths]
     names = [
         path if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)
     ]
+    if len(paths) > COLUMNS:
+        names, rows = ["changed"], _in_one_column(paths, names, rows, found)
     head = [*names, "model", "images", "tested on", "seeds", *attacks]
     body = [
         [*map(_shown, values), line.model, f"{line.images:,}", f"{line.n_test:,}", _seeds(line)]
@@ -58,10 +60,8 @@ def table(found: list[dict], *, trained_on="adv-kip") -> str:
     return tables.markdown([head, *body], "l" * (len(names) + 1) + "r" * (3 + len(attacks)))
 
 
-def _in_few_columns(paths, rows, found):
-    """(paths, rows), or one column of what is not as in most records."""
-    if len(paths) <= COLUMNS:
-        return paths, rows
+def _in_one_column(paths, names, rows, found):
+    """The rows, whose values are one text: what is not as in most records."""
     usual = []
     for path in paths:
         values = Counter(json.dumps(_settings(record).get(path)) for record in found)
@@ -69,12 +69,12 @@ def _in_few_columns(paths, rows, found):
     merged = []
     for values, line in rows:
         changed = [
-            f"{path.split('.')[-1]} {_shown(value)}"
-            for path, value, mostly in zip(paths, values, usual, strict=True)
+            f"{name} {_shown(value)}"
+            for name, value, mostly in zip(names, values, usual, strict=True)
             if value != mostly
         ]
         merged.append(([", ".join(changed) or "none"], line))
-    return ["changed"], merged
+    return merged
 
 
 def _settings(record):

@@ -6,6 +6,7 @@ leaves out keeps its default. `params/schema.json` is made from here.
 
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +93,10 @@ class Experiment(Section):
         if "04_shortcomings" in self.notebooks:
             self._check_diagnosis()
         if "05_remedies" in self.notebooks:
+            if not self.adv_kip:
+                raise ValueError(
+                    "expected settings of adv_kip, which 05_remedies varies, got null; pass them"
+                )
             self.variants()
         return self
 
@@ -111,23 +116,23 @@ class Experiment(Section):
             )
 
     def variants(self) -> dict[str, "Experiment"]:
-        """The experiments of `remedies.variants` by name; their own names are of folders.
+        """The experiments of `remedies.variants`; their own names are folders for checkpoints.
 
         Raises:
-          ValueError: a variant that is no experiment, or two of one folder.
+          ValueError: a variant that is no experiment.
         """
-        found = {}
-        for title, changes in self.remedies.variants.items():
-            own = {"name": f"{self.name}-{file_name(title)}", "notebooks": ["01_kernels"]}
+        own, found = self.of(*MACHINE, "adv_kip"), {}
+        for one in self.remedies.variants:
+            changes = one.to_dict()
+            digest = zlib.crc32(json.dumps([own, changes]).encode())
+            name = f"{file_name(changes.pop('name')).strip('.-')}-{digest:08x}"
             try:
-                found[title] = self.replace(**merged(changes, own))
+                changes |= {"name": name, "notebooks": ["01_kernels"]}
+                found[one.name] = self.replace(**changes)
             except ValueError as error:
-                raise ValueError(f"remedies.variants: {title!r}: {error}") from None
-        if len({one.name for one in found.values()}) < len(found):
-            raise ValueError(
-                f"remedies.variants: expected names that differ as folders, got {list(found)}; "
-                "pass others"
-            )
+                raise ValueError(
+                    f"expected remedies.variants to be experiments, got {one.name!r}: {error}"
+                ) from None
         return found
 
     @property
@@ -227,7 +232,7 @@ SECTIONS = {
     "04_shortcomings": (
         *_NETS, "fully_connected", "cnns", "adversarial_training", "robust_features", "diagnosis",
     ),
-    "05_remedies": (*_NETS, "fully_connected", "cnns", "remedies"),
+    "05_remedies": (*_NETS, "diagnosis", "remedies"),
 }  # fmt: skip
 """Notebook: the sections that its results depend on. Another notebook depends on all."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,16 @@ MADE = (
 )  # fmt: skip
 """What an experiment's later notebooks read of what its earlier ones left in the folder."""
 
+VARIANTS = "variants"
+"""Folder of notebook 05's distillations."""
+
 
 def _start_over(folder, experiment):
     """Removes what would mix with the new run's results if that one were cut off."""
     for pattern in (*MADE, *(f"{notebook}.ipynb" for notebook in experiment.notebooks)):
         for path in folder.glob(pattern):
             path.unlink()
+    shutil.rmtree(folder / VARIANTS, ignore_errors=True)
 
 
 def prepare(experiment: Experiment, folder: Path, *, force: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Every figure of the notebooks. Each function returns a matplotlib Figure; `save` writes a PNG."""
+"""Figures of the notebooks, but for those of images (`pictures`). Each function returns a
+matplotlib Figure; `save` writes a PNG."""
 
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def training_curves(histories, *, against="step", images="validation") -> Figure
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{images} accuracy (%)")
-    _legend_below(figure, axes[0])
+    _legend_below(figure, axes)
     return figure
 
 
@@ -72,7 +73,7 @@ def learning_rates(searches) -> Figure:
         axis.set(title=title, xlabel="learning rate", ylim=(-2, 102))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation accuracy (%)")
-    _legend_below(figure, axes[0])
+    _legend_below(figure, axes)
     return figure
 
 
@@ -114,7 +115,8 @@ def accuracy_against(values, accuracies, *, label, log=False, levels=None) -> Fi
       accuracies: {title: list in [0, 1]}; NaN leaves a gap.
       label: what the setting is called.
       log: a logarithmic axis, with a mark at each value.
-      levels: {title: accuracy in [0, 1]} of what does not depend on it; dashed.
+      levels: {title: accuracy in [0, 1]} of what does not depend on it; dashed, the first in the
+        colour of the first line and so on.
     """
     figure, (axis,) = _panels(1)
     for title, line in accuracies.items():
@@ -127,7 +129,7 @@ def accuracy_against(values, accuracies, *, label, log=False, levels=None) -> Fi
         axis.minorticks_off()
     axis.set(xlabel=label, ylabel="accuracy (%)", ylim=(-2, 102))
     axis.grid(alpha=0.3)
-    axis.legend()
+    _legend_below(figure, [axis])
     return figure
 
 
@@ -226,10 +228,14 @@ def rounding(diagnoses, *, rounded, lost) -> Figure:
     return figure
 
 
-def _legend_below(figure, axis):
+def _legend_below(figure, axes):
     """One legend for all panels, where it hides no data."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    found = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    columns = int(figure.get_figwidth() / 2.4)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
 def _panels(count, **options):

@@ -25,7 +25,8 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
     Points are named after the experiment and what differs, as 'mnist-seed1-hinge'.
 
     Raises:
-      ValueError: as `Experiment.from_file`, or a grid that is not such a mapping.
+      ValueError: as `Experiment.from_file`, a grid that is not such a mapping, points of one name,
+        or a setting that two directions change.
     """
     params = read_params(path, overrides)
     grid = params.pop(KEY, None)
@@ -40,6 +41,12 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
     found = []
     for point in itertools.product(*itertools.starmap(_axis, grid.items())):
         name = "-".join([params["name"], *(label for label, _ in point)])
+        keys = [key for _, settings in point for key in settings]
+        if twice := {key for key in keys if keys.count(key) > 1 or key == "name"}:
+            raise ValueError(
+                f"{path}: expected each setting in one direction of the grid, and no name, got "
+                f"{sorted(twice)} in {name}; pass it in one"
+            )
         given = {key: value for _, settings in point for key, value in settings.items()}
         found.append(Experiment.from_file(path, overrides, given={"name": name, **given}))
     if twice := [name for name, n in Counter(one.name for one in found).items() if n > 1]:

@@ -47,8 +47,7 @@ class NTKConv(_NTK, nn.Conv2d):
     """The same of a 3x3 convolution with zero padding, whose outputs have 9 inputs a channel."""
 
     def forward(self, x) -> torch.Tensor:
-        weight, bias = self.scaled()
-        return nn.functional.conv2d(x, weight, bias, padding=1)
+        return self._conv_forward(x, *self.scaled())
 
 
 class Lazy(nn.Module):
@@ -71,6 +70,16 @@ class Lazy(nn.Module):
 
     def forward(self, x) -> torch.Tensor:
         return self.scale * (self.net(x) - self.initial(x))
+
+
+def fully_connected(shape, depth, width, n_classes, scale) -> Lazy:
+    """The network of `kernels.FullyConnected` for images of a shape (H, W, C)."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    before = math.prod(shape)
+    for _ in range(depth):
+        layers += [NTKLinear(before, width, scale=scale), nn.ReLU()]
+        before = width
+    return Lazy(nn.Sequential(*layers, NTKLinear(before, n_classes, scale=scale)), scale)
 
 
 def convolutional(shape, depth, width, n_classes, scale) -> Lazy:

@@ -4,9 +4,9 @@ Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisat
 layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
 """
 
+import math
 import re
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,12 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     """A network with random weights that derive from the seed alone.
 
     Args:
-      name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'fc3-1024-ntk' (the same
-        as the kernel has it at infinite width, see `lazy`), 'conv1-256-ntk' (that of
-        `kernels.Convolutional`: 1 convolution of 256 channels, ReLU, a linear layer), each with a
-        scale other than 1 behind it, as 'fc1-4096-ntk0.1',
-        'simple-cnn' (three 3x3 convolutions of width 64, each with ReLU and 2x2 max-pooling, one
-        linear layer), 'alexnet' or 'vgg11' (torchvision's layers with the first strides and the
-        pooling made for small images; vgg11 with batch normalisation).
+      name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'simple-cnn' (three 3x3
+        convolutions of width 64, each with ReLU and 2x2 max-pooling, one linear layer), 'alexnet'
+        or 'vgg11' (torchvision's layers with the first strides and the pooling made for small
+        images; vgg11 with batch normalisation); or what a kernel is at infinite width, see `lazy`:
+        'fc3-1024-ntk', 'conv1-256-ntk' (1 convolution of 256 channels, ReLU, a linear layer), and
+        with a scale of 0.1 (below 1, or an integer) 'fc3-1024-ntk0.1'.
       shape: (H, W, C) of an image.
       n_classes: 2 or more.
       seed: of the weights.
@@ -39,20 +38,16 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     Raises:
       ValueError: another name.
     """
-    height, width, channels = shape
     net: Any
-    match = re.fullmatch(FC_NET, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
-        if match:
-            depth, hidden, scale = int(match[1]), int(match[2]), float(match[3] or 1)
-            ntk = "-ntk" in name
-            linear = partial(lazy.NTKLinear, scale=scale) if ntk else nn.Linear
-            net = _fully_connected(height * width * channels, depth, hidden, n_classes, linear)
-            net = lazy.Lazy(net, scale) if ntk else net
-        elif match := re.fullmatch(CONV_NET, name):
-            depth, hidden, scale = int(match[1]), int(match[2]), float(match[3] or 1)
-            net = lazy.convolutional(shape, depth, hidden, n_classes, scale)
+        if match := re.fullmatch(FC_NET, name) or re.fullmatch(CONV_NET, name):
+            sizes = shape, int(match[1]), int(match[2]), n_classes
+            if "-ntk" in name:
+                make = lazy.convolutional if name.startswith("conv") else lazy.fully_connected
+                net = make(*sizes, float(match[3] or 1))
+            else:
+                net = _fully_connected(*sizes)
         elif name in BUILDERS:
             net = BUILDERS[name](shape, n_classes)
         else:
@@ -65,12 +60,12 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     return net.to(device(), memory_format=torch.channels_last)
 
 
-def _fully_connected(n_inputs, depth, width, n_classes, linear):
-    sizes = [n_inputs, *[width] * depth]
-    layers = [nn.Flatten()]
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers, linear(width, n_classes))
+def _fully_connected(shape, depth, width, n_classes):
+    layers, before = [nn.Flatten()], math.prod(shape)
+    for _ in range(depth):
+        layers += [nn.Linear(before, width), nn.ReLU()]
+        before = width
+    return nn.Sequential(*layers, nn.Linear(before, n_classes))
 
 
 def _simple_cnn(shape, n_classes):

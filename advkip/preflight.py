@@ -26,14 +26,18 @@ def check(experiment: Experiment) -> None:
     # The draws look at labels alone, so images of no size will do.
     small = (np.zeros((len(y), 1, 1, 1), "float32") for y in (found.y_train, found.y_test))
     x_train, x_test = small
-    splits = data.split(found._replace(x_train=x_train, x_test=x_test), e)
+    light = found._replace(x_train=x_train, x_test=x_test)
+    splits = data.split(light, e)
     data.draw_original(e, splits)
+    if "05_remedies" in e.notebooks:
+        for one in e.variants().values():
+            data.split(light, one)
     shape, attacks = found.x_test.shape[1:], list(map(Attack.parse, e.evaluation.attacks))
     inputs.check_radius(e.threat.norm, e.threat.epsilon, shape)
     if any(attack.l2 for attack in attacks):
         inputs.check_radius("l2", e.threat_l2.epsilon, shape)
     targeted = [attack.name for attack in attacks if attack.targeted]
-    networks = {"02_transfer", "03_cnns", "04_shortcomings"} & set(e.notebooks)
+    networks = {"02_transfer", "03_cnns", "04_shortcomings", "05_remedies"} & set(e.notebooks)
     if targeted and networks and found.n_classes < 4:
         raise ValueError(
             f"expected evaluation.attacks for {found.n_classes} classes, got {targeted}, whose "

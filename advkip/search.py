@@ -80,17 +80,18 @@ class Trainer:
 
     def __call__(
         self, net: str, name: str, chosen: data.TrainingSet, *, adversarially: bool = False,
-        learning_rates=None, progress: bool = True,
+        section: Networks | AdversarialTraining | None = None, learning_rates=None,
+        progress: bool = True,
     ) -> Search:  # fmt: skip
         """A `Search` of a network (of `nets.build`) on a set of a name.
 
-        `learning_rates` None means those of the experiment's section: adversarial_training,
-        fully_connected or cnns.
+        `section` None means the experiment's adversarial_training, fully_connected or cnns, and
+        `learning_rates` None those of the section.
         """
         e = self.experiment
-        section: Networks | AdversarialTraining | None
-        section = e.fully_connected if net.startswith("fc") else e.cnns
-        section = e.adversarial_training if adversarially else section
+        if section is None:
+            section = e.fully_connected if net.startswith("fc") else e.cnns
+            section = e.adversarial_training if adversarially else section
         if section is None:
             raise ValueError(
                 "expected settings of adversarial_training, got null; pass them to train so"

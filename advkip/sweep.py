@@ -27,7 +27,7 @@ _ROBUST = (*MACHINE, "networks", "adversarial_training")
 SHARED = (
     (
         "distillation-*.npz", SECTIONS["01_kernels"],
-        ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings"),
+        ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings", "05_remedies"),
     ),
     ("network-*-original-adversarial-*.npz", _ROBUST, ("03_cnns", "04_shortcomings")),
 )  # fmt: skip

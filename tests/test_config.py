@@ -278,35 +278,54 @@ def test_errors_speak_of_a_setting_by_the_callers_name(change, message):
         experiment(**change)
 
 
+def variant(**changes):
+    return experiment(
+        notebooks=["05_remedies"], remedies__variants=[{"name": "a b"} | changes],
+        remedies__hand_on="a b",
+    )  # fmt: skip
+
+
 def test_variants_are_experiments_of_their_own():
-    changes = {
-        "margin and hinge": {"adv_kip": {"inner_loss": "margin"}, "seed": 3},
-        "fc1": {"kernel": {"name": "fc1"}, "name": "x", "notebooks": ["05_remedies"]},
-    }
-    e = experiment(
-        name="r", notebooks=["05_remedies"], adv_kip__n_steps=7, remedies__variants=changes
-    )
-    found = e.variants()
-    assert list(found) == list(changes)
-    hinge, shallow = found.values()
-    assert (hinge.name, hinge.notebooks) == ("r-margin-and-hinge", ("01_kernels",))
-    assert (hinge.adv_kip.inner_loss, hinge.adv_kip.n_steps, hinge.seed) == ("margin", 7, 3)
-    assert (shallow.name, shallow.notebooks) == ("r-fc1", ("01_kernels",))
-    assert (shallow.kernel.name, shallow.adv_kip) == ("fc1", e.adv_kip)
+    e = variant(kernel={"name": "fc1"}, adv_kip={"inner_loss": "margin"})
+    ((title, found),) = e.variants().items()
+    assert title == "a b"
+    assert (found.kernel.name, found.adv_kip.inner_loss) == ("fc1", "margin")
+    assert (found.adv_kip.n_steps, found.support) == (e.adv_kip.n_steps, e.support)
+    assert found.notebooks == ("01_kernels",)
+    # Checkpoints belong to the settings of the distillation, and to nothing else.
+    same = e.replace(evaluation={"n_test": 3}, name="x").variants()["a b"]
+    assert (found.name.startswith("a-b-"), same.name) == (True, found.name)
+    assert e.replace(adv_kip={"n_steps": 7}).variants()["a b"].name != found.name
+    none = e.replace(remedies={"variants": [], "hand_on": "as given"})
+    assert none.variants() == {}
+    assert Experiment.from_params(e.to_dict()) == e
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"a": {"adv_kip": {"inner": 1}}},
-            "remedies.variants: 'a': adv_kip.inner: expected a known",
+            {"adv_kip": {"inner": 1}},
+            "^expected remedies.variants to be .* 'a b': adv_kip.inner: exp",
         ),
-        ({"a": {"kernel": {"name": "fc0"}}}, "remedies.variants: 'a': kernel.name: expected"),
-        ({"a b": {}, "a-b": {}}, "expected names that differ as folders, got .'a b', 'a-b'"),
-        ({"a": 1}, "expected a valid dictionary"),
+        (
+            {"kernel": {"name": "fc0"}},
+            "^expected remedies.variants to be .* 'a b': kernel.name: exp",
+        ),
+        ({"kernel": {"dtype": "float64"}}, "without a dtype of its own, got 'a b'"),
+        ({"name": "as given"}, "expected a variant of another name than 'as given'"),
+        (
+            {"name": "c"},
+            "expected hand_on to be one of the variants.*got 'a b' and .'as given', 'c'",
+        ),
+        ({"seed": 1}, "seed: expected a known setting"),
     ],
 )
 def test_variants_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
-        experiment(notebooks=["05_remedies"], remedies__variants=changes)
+        variant(**changes)
+
+
+def test_remedies_without_adversarial_kip():
+    with pytest.raises(ValueError, match="^expected settings of adv_kip, which 05_remedies varies"):
+        experiment(notebooks=["05_remedies"], adv_kip=None)

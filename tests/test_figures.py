@@ -92,6 +92,14 @@ def test_curves():
     clean, robust, *levels = axis.lines
     assert [line.get_ydata()[0] for line in levels] == [100, 30]
     assert [line.get_color() for line in levels] == [clean.get_color(), robust.get_color()]
+    assert len(figure.legends[0].get_texts()) == 4
+
+
+def test_one_legend_has_what_any_panel_has():
+    line = {"step": 0, "clean": 0.9, "fgsm": 0.5, "pgd": 0.4}
+    figure = figures.training_curves({"a": [line], "b": [line | {"strong": 0.1}]})
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["clean", "FGSM", "PGD", "worst of several losses"]
 
 
 def test_loss_and_gradient_by_right_and_wrong():

@@ -124,6 +124,11 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
         ("grid: {switch: {}}", "expected grid to map settings to lists"),
         ("grid: {switch: {a: [1]}}", "expected grid to map settings to lists"),
         ("grid: {switch: {a: {support.n: 1}}}", "support.n: expected a known setting"),
+        (
+            "grid: {seed: [1], x: {a: {seed: 2}}}",
+            "expected each setting in one.*'seed'. in y-seed1-a",
+        ),
+        ("grid: {x: {a: {name: b}}}", "expected each setting in one.*, and no name, got .'name'."),
         ("grid: {seed: [1, 1]}", "expected a name for each point of the grid, got 'y-seed1' twice"),
         ("grid: {seed: [x]}", "seed: expected a valid integer, got 'x'"),
     ],

@@ -67,13 +67,15 @@ def test_switches_one_at_a_time_are_named(tmp_path):
         {}, {"adv_kip__inner_loss": "margin"}, {"adv_kip__learning_rate": 0.5},
         {"kernel__b_std": 0.5}, {"adv_kip__inner_loss": "margin", "support__clip": True},
         {"adv_kip__random_start": True}, {"support__label_scale": 2.0},
+        {"kip__learning_rate": 0.25},
     ]  # fmt: skip
     found = [write(tmp_path / str(i), **change) for i, change in enumerate(changes)]
     lines = ablation.table(found).splitlines()
     assert lines[0] == "| changed | model | images | tested on | seeds | clean | pgd10 |"
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| none", "| inner_loss margin", "| learning_rate 0.5", "| b_std 0.5",
+        "| none", "| inner_loss margin", "| adv_kip.learning_rate 0.5", "| b_std 0.5",
         "| clip True, inner_loss margin", "| random_start True", "| label_scale 2",
+        "| kip.learning_rate 0.25",
     ]  # fmt: skip
 
 
