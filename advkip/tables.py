@@ -245,12 +245,15 @@ def summary(found) -> str:
 def summary_rows(found) -> list[list[str]]:
     """Clean and AutoAttack accuracy of a few models, and the paper's AutoAttack; the head first.
 
+    Of several lines of one model, the one with most test images counts, and the first of these.
+
     Args:
       found: a list of records (see `records.read`).
     """
     ours, theirs = (
         {(line.model, line.trained_on, line.data_set): line
-         for line in reversed(some) if "autoattack" in line.cells}
+         for line in sorted(reversed(some), key=lambda line: line.n_test)
+         if "autoattack" in line.cells}
         for some in (lines(found), published())
     )  # fmt: skip
     head = ["model", "trained on"]
