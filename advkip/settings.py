@@ -308,11 +308,12 @@ class Remedies(Networks):
     )
     hand_on: str = "one hidden layer"
     """whose set the networks are trained on: a variant's, or 'as given'"""
-    nets: Nets = ("fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-16384-ntk0.1")
+    nets: Nets = ("fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-8192-ntk0.1")
     epochs: Count = 100
     batch_size: Count | None = None
     optimizer: Literal["adam", "sgd"] = "sgd"
     learning_rates: Rates = (2.0,)
+    eval_every: Count = 20
     loss: Loss = "mse"
     target: Literal["labels", "softmax", "argmax"] = "labels"
 

@@ -68,8 +68,9 @@ remedies: dict = {
         },
     ],
     "hand_on": "one hidden layer",  # whose set the networks get
-    "nets": ["fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-16384-ntk0.1"],  # widths, scale 0.1
+    "nets": ["fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-8192-ntk0.1"],  # widths, scale 0.1
     "epochs": 100,
+    "eval_every": 20,
     "batch_size": None,  # all images at once
     "optimizer": "sgd",
     "learning_rates": [2.0],
