@@ -308,7 +308,7 @@ class Remedies(Networks):
     )
     hand_on: str = "one hidden layer"
     """whose set the networks are trained on: a variant's, or 'as given'"""
-    nets: Nets = ("fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-8192-ntk0.1")
+    nets: Nets = ("fc1-256-ntk0.1", "fc1-1024-ntk0.1", "fc1-4096-ntk0.1")
     epochs: Count = 100
     batch_size: Count | None = None
     optimizer: Literal["adam", "sgd"] = "sgd"

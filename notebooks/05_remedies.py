@@ -20,7 +20,7 @@
 #
 # *You will know* which attack should choose, what a switch in Algorithm 1 is worth, how much of the
 # kernel's robustness a network keeps as it widens, and how a printed figure of 20 % can be 0. *You
-# need* notebooks 0 to 4. *It takes* a minute on the defaults. Words are explained in the glossary
+# need* notebooks 0 to 4. *It takes* three minutes on the defaults. Words are explained in the glossary
 # (`notebooks/glossary.md`).
 #
 # *Beyond the paper: its last section asks whether networks can be robust because of their data
@@ -68,7 +68,7 @@ remedies: dict = {
         },
     ],
     "hand_on": "one hidden layer",  # whose set the networks get
-    "nets": ["fc1-256-ntk0.1", "fc1-2048-ntk0.1", "fc1-8192-ntk0.1"],  # widths, scale 0.1
+    "nets": ["fc1-256-ntk0.1", "fc1-1024-ntk0.1", "fc1-4096-ntk0.1"],  # widths, scale 0.1
     "epochs": 100,
     "eval_every": 20,
     "batch_size": None,  # all images at once
