@@ -20,8 +20,8 @@
 #
 # *You will know* which attack should choose, what a switch in Algorithm 1 is worth, how much of the
 # kernel's robustness a network keeps as it widens, and how a printed figure of 20 % can be 0. *You
-# need* notebooks 0 to 4. *It takes* three minutes on the defaults. Words are explained in the glossary
-# (`notebooks/glossary.md`).
+# need* notebooks 0 to 4. *It takes* three minutes on the defaults. Words are explained in the
+# glossary (`notebooks/glossary.md`).
 #
 # *Beyond the paper: its last section asks whether networks can be robust because of their data
 # alone. Judge by AutoAttack, in pixels:*
