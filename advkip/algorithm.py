@@ -56,8 +56,7 @@ class Run:
         free = [f"{section}.{name}" for name in settings.may_differ]
         support = experiment.support
         free += ["dataset.n_test", *(f"support.{name}" for name in support.may_differ)]
-        if support.grown_from:  # from what is in the file, wherever that lies
-            free.append("support.grown_from")
+        free.append("support.grown_from")  # its content counts, wherever the file lies
         self.about = experiment.of(*MACHINE, section, without=free) | {
             "method": method, "data": data.fingerprint(splits),
             "kernel values": [f"{float(v):.3g}" for v in kernel.value(x, x).ravel()],

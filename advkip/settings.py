@@ -126,9 +126,7 @@ class Support(Section):
     @property
     def may_differ(self) -> tuple[str, ...]:
         """Switches at their defaults, which checkpoints of before did not name."""
-        return self.at_default(
-            "copies", "copy_noise", "mirror", "label_scale", "grown_from", "true_share"
-        )
+        return self.at_default("copies", "copy_noise", "mirror", "label_scale", "true_share")
 
 
 class Ball(Section):

@@ -113,8 +113,11 @@ def test_other_files_are_refused(made, tmp_path):
     np.savez(tmp_path / "foreign.npz", **arrays)
     with pytest.raises(ValueError, match="which has none"):
         growth.grown(tmp_path / "foreign.npz", x, y, larger("none"), "adv-kip")
-    for other in ((np.zeros((50, 9, 9, 1)), y), (x, np.zeros((50, 7)))):
-        with pytest.raises(ValueError, match=r"grown_from: .*expected images \(.* classes"):
+    for other, asked in (
+        ((np.zeros((50, 9, 9, 1)), y), r"images \(9, 9, 1\) of 10 classes"),
+        ((x, np.zeros((50, 7))), r"images \(8, 8, 1\) of 7 classes"),
+    ):
+        with pytest.raises(ValueError, match=f"grown_from: .*expected {asked}"):
             growth.grown(made[0], *other, larger(made[0]), "adv-kip")
     arrays["experiment"] = '{"kernel": "fc2", "seed": 0}'
     np.savez(tmp_path / "flat.npz", **arrays)

@@ -141,7 +141,7 @@ def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channe
     net = nets.build(name, shape=shape, n_classes=3, seed=0)
     with torch.no_grad():
         assert (net(nets.to_tensor(x)) == 0).all()
-    rate = 0.01
+    rate = 0.03 if "conv" in name else 0.01
     loss = ((net(nets.to_tensor(x)) - torch.as_tensor(y).to(nets.device())) ** 2).sum() / 2
     loss.backward()
     with torch.no_grad():
@@ -151,5 +151,5 @@ def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channe
     values = kernels.by_name(kernel).value(jnp.asarray(x_test), jnp.asarray(x))
     expected = np.asarray(rate * values @ y)
     np.testing.assert_allclose(moved, expected, rtol=0.1, atol=0.03 * expected.max())
-    assert expected.max() > 0.03
+    assert np.abs(moved).max() > 0.07
     assert len(list(net.parameters())) == 2 + 2 * int(kernel[-1])  # those at the start are none

@@ -14,8 +14,8 @@ from tests.sections import experiment
 ROOT = Path(__file__).parents[1]
 
 
-def outcome(attack, accuracy):
-    robust = np.arange(100) < round(100 * accuracy)
+def outcome(attack, accuracy, n=100):
+    robust = np.arange(n) < round(n * accuracy)
     return Outcome(attack, "linf", 0.3, accuracy, accuracy, robust, robust, np.zeros((0, 8, 8, 1)))
 
 
@@ -329,6 +329,28 @@ def test_the_summary_is_of_figures_under_autoattack(tmp_path):
     ours = "| simple-cnn | original, adversarial training | 800 | 70.0 | 10.0 | 26.2 |"
     assert f"{ours}  |  |  | 88.8 |" in lines
     assert "| kernel:fc3 | adv-kip |  |  |  |  |  |  |  |  |" in lines
+
+
+def test_the_summary_takes_the_line_with_most_test_images(tmp_path):
+    found = []
+    for n_support, n_test, accuracy in ((30, 200, 0.3), (20, 500, 0.2), (40, 500, 0.1)):
+        e = experiment(dataset__name="mnist", support__n_support=n_support)
+        recorder = records.Recorder(e, tmp_path / str(n_support), "04_shortcomings")
+        outcomes = [outcome("clean", 0.9, n_test), outcome("autoattack", accuracy, n_test)]
+        recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
+        found.append(recorder.write())
+    assert "|  |  |  |  | 20 | 90.0 | 20.0 |  |" in tables.summary(found)
+
+
+def test_lines_name_the_variant(tmp_path):
+    recorder = records.Recorder(experiment(), tmp_path, "05_remedies")
+    for title in ("as given", "hinge"):
+        recorder.add(
+            [outcome("clean", 0.9)], model="kernel:fc3", trained_on="adv-kip", training="kernel",
+            variant=title,
+        )  # fmt: skip
+    names = [line.trained_on for line in tables.lines([recorder.write()])]
+    assert names == ["adv-kip as given", "adv-kip hinge"]
 
 
 def test_a_verdict_without_figures_is_no_line(tmp_path):

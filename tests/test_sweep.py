@@ -116,7 +116,7 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grid: [1]", "expected grid to map settings to lists.*, got .1."),
+        ("grid: [1]", "lists of values, or a word to named settings, got .1."),
         ("grid: {}", "expected grid to map settings to lists"),
         ("grid: {seed: 1}", "expected grid to map settings to lists"),
         ("grid: {seed: []}", "expected grid to map settings to lists"),
