@@ -50,15 +50,7 @@ remedies: dict = {
     "variants": [
         {"name": "another judge", "adv_kip": {"choose_by": "worst-case"}},
         {
-            "name": "margin and hinge",
-            "adv_kip": {
-                "choose_by": "worst-case",
-                "inner_loss": "margin",
-                "outer_loss": "hinge",
-            },
-        },
-        {
-            "name": "one hidden layer",
+            "name": "FC1, margin and hinge",
             "kernel": {"name": "fc1"},
             "adv_kip": {
                 "choose_by": "worst-case",
@@ -67,8 +59,8 @@ remedies: dict = {
             },
         },
     ],
-    "hand_on": "one hidden layer",  # whose set the networks get
-    "nets": ["fc1-256-ntk0.1", "fc1-1024-ntk0.1", "fc1-4096-ntk0.1"],  # widths, scale 0.1
+    "hand_on": "FC1, margin and hinge",  # whose set the networks get
+    "nets": ["fc1-256-ntk0.1", "fc1-2048-ntk0.1"],  # widths, scale 0.1
     "epochs": 100,
     "eval_every": 20,
     "batch_size": None,  # all images at once
