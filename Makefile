@@ -7,7 +7,7 @@ PARAMS ?= params/digits.yaml
 # PyTorch's threads sleep while they wait, instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install conda demo test lab run bench bench-paper report docs schema notebooks clean
+.PHONY: help install conda demo test coverage lab run bench bench-paper report docs schema notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,14 +43,17 @@ lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--
 # Programs that one test compiles serve the others, and the notebooks.
 test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/jax-cache
 test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.3
-test: install  ## ruff, mypy, pytest with coverage, the notebooks on their small defaults, the documentation
+test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the documentation
 	rm -rf reports/scratch build/jax-cache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks
 	$(BIN)/python -m advkip.docs
+
+coverage: install  ## which lines of the package no test runs; a sixth slower than the tests alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
 
 bench: install  ## the engine against neural_tangents references; threads that sleep or spin
 	$(BIN)/python -m tests.bench

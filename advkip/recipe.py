@@ -30,6 +30,8 @@ class Recipe:
       eval_pgd_steps: PGD steps of the robust validation accuracy.
       choose_by: 'pgd', or 'worst-case' of several losses (see `worst_case`).
       patience: stop after this many epochs without a better one; None means never.
+      dtype: 'float32', or 'bfloat16' for the passes of training (autocast), which is faster where
+        the hardware has it. Weights, attacks and accuracies are in float32.
       adversarial_steps: PGD steps, from a random start, on each training batch (Madry et al.
         2018); 0 is plain training.
       adversarial_warmup: epochs in which the radius grows from 0 to the threat's, and the step
@@ -50,6 +52,7 @@ class Recipe:
     eval_pgd_steps: int = 20
     choose_by: str = "pgd"
     patience: int | None = None
+    dtype: str = "float32"
     adversarial_steps: int = 0
     adversarial_warmup: int = 0
 
@@ -63,6 +66,10 @@ class Recipe:
                 "expected loss 'cross-entropy' or 'mse' and optimizer 'adam' or 'sgd', got "
                 f"{self.loss!r} and {self.optimizer!r}; pass one of each"
             )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"expected dtype 'float32' or 'bfloat16', got {self.dtype!r}; pass one"
+            )
         check_target(self.loss, self.target)
 
     @classmethod
@@ -70,7 +77,7 @@ class Recipe:
         """The recipe of a section of settings; the learning rate is the first of the grid."""
         shared = (
             "epochs", "batch_size", "optimizer", "milestones", "weight_decay", "eval_every",
-            "patience",
+            "patience", "dtype",
         )  # fmt: skip
         own = {key: getattr(section, key) for key in shared}
         if isinstance(section, Networks):
@@ -88,8 +95,8 @@ class Recipe:
         """The settings that a state of training depends on, as plain JSON values."""
         rest = dataclasses.asdict(self)
         free = ["epochs", "patience"]
-        if self.choose_by == "pgd":  # as in states of before there was a choice
-            free.append("choose_by")
+        # States of before there was a choice go on.
+        free += [k for k, v in {"choose_by": "pgd", "dtype": "float32"}.items() if rest[k] == v]
         return {k: v for k, v in rest.items() if k not in free}
 
 

@@ -185,6 +185,8 @@ class Training(Section):
     """epochs between two lines of the history"""
     patience: Count | None = None
     """stop after this many epochs without improvement; null: never"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the passes of training (autocast); weights, attacks and accuracies are in float32"""
 
 
 class Networks(Training):

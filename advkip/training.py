@@ -209,7 +209,7 @@ class _Run:
         if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot have one alone
             batches[-2:] = [torch.cat(batches[-2:])]
         noise = torch.Generator().manual_seed(derived_seed(self.seed, "noise", self.epoch))
-        total = 0.0
+        total, rounded = 0.0, recipe.dtype == "bfloat16"
         with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             torch.manual_seed(derived_seed(self.seed, "dropout", self.epoch))
             for i, index in enumerate(batches):
@@ -217,7 +217,10 @@ class _Run:
                 if recipe.adversarial_steps:
                     x = self.attacked(x, y, self.grown((i + 1) / len(batches)), noise)
                 self.net.train()
-                loss = torch_attacks.LOSSES[recipe.loss](self.net(x), y).mean()
+                with torch.autocast(device().type, torch.bfloat16, enabled=rounded):
+                    logits = self.net(x)
+                logits = logits.float() if rounded else logits
+                loss = torch_attacks.LOSSES[recipe.loss](logits, y).mean()
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()

@@ -379,7 +379,8 @@ def diagnosed():
         if "04_shortcomings" in e.notebooks and not e.kernel.name.startswith("conv"):
             last = (e.fully_connected.nets + e.cnns.nets or ("kernel",))[-1]
             last = "large" if last in ("alexnet", "vgg11") else last
-            files.setdefault((last, e.dataset.name, e.threat.norm), path)
+            grey = last != "kernel" and e.dataset.name != "cifar10"
+            files.setdefault((last, grey), path)
     return files
 
 

@@ -298,3 +298,27 @@ def test_an_interrupted_training_loses_no_whole_epoch(rng, tmp_path, monkeypatch
     assert ran == [3, 4, 5]
     for a, b in zip(found.net.parameters(), expected.net.parameters(), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize("adversarial_steps", [0, 2])
+def test_training_in_bfloat16(digits, adversarial_steps):
+    """Its passes are rounded to 8 bits; weights and accuracies are not, and it learns as well."""
+    settings = {"name": "simple-cnn", "adversarial_steps": adversarial_steps}
+    exact, rounded, again = (
+        run(digits, **settings, dtype=dtype) for dtype in ("float32", "bfloat16", "bfloat16")
+    )
+    assert {p.dtype for p in rounded.net.parameters()} == {torch.float32}
+    difference = (weights(exact) - weights(rounded)).abs().max()
+    assert 1e-5 < difference < 0.1
+    assert abs(exact.history[-1]["clean"] - rounded.history[-1]["clean"]) <= 0.05
+    torch.testing.assert_close(weights(rounded), weights(again), rtol=0, atol=0)
+
+
+def test_a_precision_that_is_not_there():
+    with pytest.raises(ValueError, match="expected dtype 'float32' or 'bfloat16', got 'float16'"):
+        dataclasses.replace(RECIPE, dtype="float16")
+
+
+def test_float32_states_of_before_there_was_a_choice_go_on():
+    assert "dtype" not in RECIPE.identity()
+    assert dataclasses.replace(RECIPE, dtype="bfloat16").identity()["dtype"] == "bfloat16"
