@@ -24,10 +24,11 @@ class _NTK:
         nn.init.normal_(self.weight, std=self.scale)
         nn.init.normal_(self.bias, std=self.scale)
 
-    def scaled(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(W_std W / sqrt(n), b_std b) for n inputs of an output."""
-        weight = self.W_std / math.sqrt(self.weight[0].numel()) / self.scale * self.weight
-        return weight, self.b_std / self.scale * self.bias
+    def scaled(self, x) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(W_std x / sqrt(n), W, b_std b) for n inputs of an output: images are fewer than weights,
+        of which a scaled copy would take as long as the layer."""
+        gain = self.W_std / math.sqrt(self.weight[0].numel()) / self.scale
+        return gain * x, self.weight, self.b_std / self.scale * self.bias
 
 
 class NTKLinear(_NTK, nn.Linear):
@@ -39,15 +40,14 @@ class NTKLinear(_NTK, nn.Linear):
     """
 
     def forward(self, x) -> torch.Tensor:
-        weight, bias = self.scaled()
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(*self.scaled(x))
 
 
 class NTKConv(_NTK, nn.Conv2d):
     """The same of a 3x3 convolution with zero padding, whose outputs have 9 inputs a channel."""
 
     def forward(self, x) -> torch.Tensor:
-        return self._conv_forward(x, *self.scaled())
+        return self._conv_forward(*self.scaled(x))
 
 
 class Lazy(nn.Module):

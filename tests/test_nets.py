@@ -103,13 +103,13 @@ def test_weights_move_less_at_a_large_scale(rng):
     moved, steps = {}, {}
     for scale in ("0.1", "", "10"):
         net = nets.build(f"fc1-256-ntk{scale}", shape=(4, 4, 1), n_classes=3, seed=0)
-        before = net.net[1].scaled()[0].detach().clone()
+        before = net.net[1].weight.detach().clone()
         loss = ((net(nets.to_tensor(x)) - torch.as_tensor(y).to(nets.device())) ** 2).sum() / 2
         loss.backward()
         with torch.no_grad():
             for weights in net.parameters():
                 weights -= 0.001 * weights.grad
-            moved[scale] = float((net.net[1].scaled()[0] - before).norm() / before.norm())
+            moved[scale] = float((net.net[1].weight - before).norm() / before.norm())
             steps[scale] = nets.to_numpy(net(nets.to_tensor(x)))
     assert moved["0.1"] == pytest.approx(10 * moved[""], rel=0.01)
     assert moved["10"] == pytest.approx(0.1 * moved[""], rel=0.01)

@@ -63,8 +63,12 @@ def test_executes_skips_and_runs_again(project, capfd):
     assert output_of(executed) == "seed is 8\n"
     checkpoint = Path("reports/x/network-0.npz")
     checkpoint.touch()
+    variant = Path("reports/x") / execute.VARIANTS / "a-0" / "distillation-adv-kip.npz"
+    variant.parent.mkdir(parents=True)
+    variant.touch()
     assert run.main([path, "--set", "seed=8", "--force"]) == 0
     assert not checkpoint.exists()
+    assert not variant.exists()
     assert "finished, skipped" not in capfd.readouterr().out
 
 
