@@ -1,11 +1,13 @@
-"""A support that goes on from a smaller distilled one.
+"""A support that goes on from a distilled one: of fewer images, or of another kernel.
 
 Robust accuracy asks for outer steps, clean accuracy for images, and an outer step's time grows with
 the square of their number at least. So take most steps with fewer images, and let the support
 grow: to the distilled images (X, Y) come further ones, as drawn, each labelled with what the
 distilled kernel machine f answers to it. As f(x) = K_xX (K_XX + r I)^-1 Y is the interpolation of
 (X, Y) with the least norm in the kernel's space, and agrees with the further pairs already, Eq. 4
-of all of them is f again, but for the ridge. Algorithm 1 goes on from there.
+of all of them is f again, but for the ridge. Algorithm 1 goes on from there. With another kernel
+than the one that made (X, Y), Eq. 4 is another machine, but has much of that one's robustness, and
+what a kernel of many layers would need a night for can start from the set of a cheaper one.
 """
 
 import json
@@ -15,25 +17,25 @@ import numpy as np
 
 from advkip import attacks, data, files, gram, kernels, krr
 from advkip.config import Experiment
-from advkip.settings import Method
+from advkip.settings import Kernel, Method
 
 
 def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarray, np.ndarray]:
-    """(X_S, Y_S): a smaller distilled set, then images x with the labels of its kernel machine.
+    """(X_S, Y_S): a distilled set, then images x with the labels of its own kernel machine.
 
     `support.true_share` mixes their own labels into those. What the small set had no room for,
     clean accuracy, is then there from the start, at the price of robustness, which comes back.
 
     Args:
-      path: a file of `distill.save`, of the same kernel, and of the same data set, validation
-        images and seed: other validation images could be what it was optimised for.
+      path: a file of `distill.save`, of any kernel, and of the same data set, validation images
+        and seed: other validation images could be what it was optimised for.
       x, y: the support as drawn, shapes (S, ...) and (S, C); the first fill what is missing.
-      experiment: of the larger support.
+      experiment: of the larger support, or one as large.
       method: 'adv-kip' or 'kip', also of the file.
 
     Raises:
-      ValueError: another file, other images or classes, another kernel, split or method, or not
-        smaller; FloatingPointError: as `krr.fit`.
+      ValueError: another file, other images or classes, another split or method, or more images;
+        FloatingPointError: as `krr.fit`.
     """
     arrays, settings = _read(path)
     if not settings:
@@ -41,21 +43,24 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
             f"support.grown_from: expected a distilled set with its settings, got {path}, which "
             "has none; pass an adv-kip.npz of a run"
         )
-    _check_same(json.loads(settings), experiment, method)
-    x_small, y_small = (
-        arrays[key].astype(experiment.kernel.dtype) for key in ("x_train", "y_train")
-    )
+    settings = json.loads(settings)
+    _check_same(settings, experiment, method)
+    own = experiment.kernel
+    x_small, y_small = (arrays[key].astype(own.dtype) for key in ("x_train", "y_train"))
     data.check_fits(f"support.grown_from: {path}", x_small, y_small, x.shape[1:], y.shape[1])
-    if not len(x_small) < len(x):
+    if len(x_small) > len(x):
         raise ValueError(
-            f"support.grown_from: expected fewer than {len(x)} images, got {len(x_small)} in "
+            f"support.grown_from: expected at most {len(x)} images, got {len(x_small)} in "
             f"{path}; pass a larger support.n_support"
         )
-    kernel, own = kernels.of(experiment.kernel), experiment.kernel
-    machine = krr.fit(
-        kernel, x_small, y_small, diag_reg=own.diag_reg, block_size=own.block_size or 0
-    ).machine
     n_more, share = len(x) - len(x_small), experiment.support.true_share
+    if not n_more:
+        return x_small, y_small
+    its = Kernel(**{name: settings["kernel"][name] for name in OF_A_MACHINE})
+    kernel = kernels.of(its)
+    machine = krr.fit(
+        kernel, x_small, y_small, diag_reg=its.diag_reg, block_size=own.block_size or 0
+    ).machine
     more = jnp.asarray(x[:n_more])
     batch_size = own.block_size or gram.rows_of_tile(kernel, len(x_small))
     labels = attacks.predict(machine, more, batch_size=batch_size)
@@ -80,22 +85,27 @@ def _read(path):
     return data.read(found)
 
 
+OF_A_MACHINE = ("name", "W_std", "b_std", "diag_reg")
+"""Settings of the kernel that Eq. 4 depends on."""
+
+
 def _check_same(settings, experiment, method):
-    """Raises ValueError for a set of another kernel, split, seed or method."""
-    of = {"kernel": ("name", "W_std", "b_std", "diag_reg"), "dataset": ("name", "n_validation")}
+    """Raises ValueError for a set without its kernel, or of another split, seed or method."""
     own, other = experiment.to_dict(), []
-    for section, names in of.items():
-        its = settings.get(section)
-        its = its if isinstance(its, dict) else {}  # flat before there were sections
-        other += [
-            f"{section}.{name} {own[section][name]!r}, got {its.get(name)!r}"
-            for name in names if its.get(name) != own[section][name]
-        ]  # fmt: skip
+    its = {key: settings.get(key) for key in ("kernel", "dataset")}
+    its = {key: found if isinstance(found, dict) else {} for key, found in its.items()}
+    # Settings were flat before there were sections.
+    if missing := [f"kernel.{name}" for name in OF_A_MACHINE if name not in its["kernel"]]:
+        other.append(f"{', '.join(missing)}, got none")
+    for name in ("name", "n_validation"):
+        mine, found = own["dataset"][name], its["dataset"].get(name)
+        if found != mine:
+            other.append(f"dataset.{name} {mine!r}, got {found!r}")
     for name, mine in (("seed", own["seed"]), ("method", method)):
         if settings.get(name) != mine:
             other.append(f"{name} {mine!r}, got {settings.get(name)!r}")
     if other:
         raise ValueError(
-            f"support.grown_from: expected a set with {'; '.join(other)}; pass one of this kernel, "
-            "data set, validation images, seed and method, or change them here (kip: null)"
+            f"support.grown_from: expected a set with {'; '.join(other)}; pass one of this data "
+            "set, validation images, seed and method, or change them here (kip: null)"
         )

@@ -105,7 +105,7 @@ class Support(Section):
     label_scale: Positive = 1.0
     """what the labels are multiplied by at the start"""
     grown_from: str | None = None
-    """a smaller distilled set, an .npz, that the support starts from (see `growth`); null: none"""
+    """a distilled set, an .npz of at most S images, that the support starts from (see `growth`)"""
     true_share: Annotated[NotNegative, Field(le=1)] = 0.0
     """of the true label in those of the images that are added; the rest is what that set answers"""
 
