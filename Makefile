@@ -52,7 +52,7 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks
 	$(BIN)/python -m advkip.docs
 
-coverage: install  ## which lines of the package no test runs; a sixth slower than the tests alone
+coverage: install  ## which lines of the package no test runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
 
 bench: install  ## the engine against neural_tangents references; threads that sleep or spin

@@ -6,8 +6,8 @@ grow: to the distilled images (X, Y) come further ones, as drawn, each labelled 
 distilled kernel machine f answers to it. As f(x) = K_xX (K_XX + r I)^-1 Y is the interpolation of
 (X, Y) with the least norm in the kernel's space, and agrees with the further pairs already, Eq. 4
 of all of them is f again, but for the ridge. Algorithm 1 goes on from there. With another kernel
-than the one that made (X, Y), Eq. 4 is another machine, but has much of that one's robustness, and
-what a kernel of many layers would need a night for can start from the set of a cheaper one.
+than the one that made (X, Y), Eq. 4 is another machine from the start, so that a kernel of many
+layers can go on from the set of a cheaper one.
 """
 
 import json
@@ -18,6 +18,9 @@ import numpy as np
 from advkip import attacks, data, files, gram, kernels, krr
 from advkip.config import Experiment
 from advkip.settings import Kernel, Method
+
+OF_A_MACHINE = ("name", "W_std", "b_std", "diag_reg")
+"""Settings of the kernel that Eq. 4 depends on."""
 
 
 def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarray, np.ndarray]:
@@ -83,10 +86,6 @@ def _read(path):
     if not found.exists():
         raise ValueError(f"support.grown_from: expected a distilled set, got no file {path}")
     return data.read(found)
-
-
-OF_A_MACHINE = ("name", "W_std", "b_std", "diag_reg")
-"""Settings of the kernel that Eq. 4 depends on."""
 
 
 def _check_same(settings, experiment, method):

@@ -24,11 +24,10 @@ class _NTK:
         nn.init.normal_(self.weight, std=self.scale)
         nn.init.normal_(self.bias, std=self.scale)
 
-    def scaled(self, x) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(W_std x / sqrt(n), W, b_std b) for n inputs of an output: images are fewer than weights,
-        of which a scaled copy would take as long as the layer."""
+    def scales(self) -> tuple[float, torch.Tensor]:
+        """(W_std / sqrt(n), b_std b) for n inputs of an output, in terms of the parameters."""
         gain = self.W_std / math.sqrt(self.weight[0].numel()) / self.scale
-        return gain * x, self.weight, self.b_std / self.scale * self.bias
+        return gain, self.b_std / self.scale * self.bias
 
 
 class NTKLinear(_NTK, nn.Linear):
@@ -40,14 +39,16 @@ class NTKLinear(_NTK, nn.Linear):
     """
 
     def forward(self, x) -> torch.Tensor:
-        return nn.functional.linear(*self.scaled(x))
+        gain, bias = self.scales()
+        return nn.functional.linear(gain * x, self.weight, bias)  # a batch is less than weights
 
 
 class NTKConv(_NTK, nn.Conv2d):
     """The same of a 3x3 convolution with zero padding, whose outputs have 9 inputs a channel."""
 
     def forward(self, x) -> torch.Tensor:
-        return self._conv_forward(*self.scaled(x))
+        gain, bias = self.scales()
+        return self._conv_forward(x, gain * self.weight, bias)  # and weights less than a batch
 
 
 class Lazy(nn.Module):

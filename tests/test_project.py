@@ -424,7 +424,7 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
 
 
 def grown_from(e, folder):
-    """A small set in place of the one that the file's support grows from, whose file fits, too."""
+    """A set in place of the one that the file's support starts from, whose own file fits, too."""
     if e.support.grown_from is None:
         return None
     whole = Experiment.from_file(ROOT / "params" / f"{e.name}.yaml")
@@ -432,15 +432,18 @@ def grown_from(e, folder):
         ROOT / "params" / f"{Path(e.support.grown_from).parent.name}.yaml"
     )
     assert e.support.grown_from == f"reports/{smaller.name}/adv-kip.npz"
-    assert smaller.support.n_support <= whole.support.n_support
+    as_large = smaller.support.n_support == whole.support.n_support
+    assert as_large or smaller.support.n_support < whole.support.n_support
+    assert as_large or smaller.kernel == whole.kernel
     assert smaller.seed == whole.seed
     assert smaller.dataset == whole.dataset
     assert smaller.support.clip == whole.support.clip
-    e = e.replace(support={"n_support": 10, "grown_from": None})
+    n = e.support.n_support if as_large else 10
+    e = smaller.replace(support={"n_support": n, "n_target": 10}, dataset=e.dataset.to_dict())
     dataset = data.load(e.dataset.name, folder)
     x, y = distill.initial_support(e, data.split(dataset, e))
     about = {"method": "adv-kip"}
-    made = distill.Distilled(x, y, x, y, step=0, history=[], stopped="steps", about=about)
+    made = distill.Distilled(x, y, x, y, step=0, history=[], stopped="n_steps", about=about)
     distill.save(folder / "smaller.npz", made, e, dataset)
     return str(folder / "smaller.npz")
 
