@@ -238,7 +238,13 @@ def environment() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of the code, '+' appended when code or params differ from it; None without git."""
+    """The commit of the code, '+' appended when code or params differ from it; None without git.
+
+    A copy that has no git, as on a cluster's node, is told by the environment variable
+    ADVKIP_COMMIT.
+    """
+    if told := os.environ.get("ADVKIP_COMMIT"):
+        return told
     root = files.ROOT
 
     def git(*arguments):
