@@ -15,4 +15,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Read when JAX first uses a GPU, of which it otherwise takes three quarters; PyTorch needs some.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Read when JAX first uses a GPU. XLA otherwise times many programs for each product of matrices
+# and takes the fastest: compiling takes three times as long, and which one wins, and with it the
+# last bits of a result, differs from run to run.
+_STEADY = {"--xla_gpu_autotune_level": "0", "--xla_gpu_enable_triton_gemm": "false"}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [*(f"{flag}={value}" for flag, value in _STEADY.items() if flag not in _given), _given]
+).strip()
+
 __version__ = "0.1.0"
