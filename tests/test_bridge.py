@@ -28,9 +28,10 @@ def test_values_and_gradients_equal_jax(case, n):
 def assert_equal_to_jax(machine, x, y, **settings):
     """Logits and loss gradients through the bridge are JAX's."""
     net = bridge.KernelNet(machine, **settings)
-    _, gradient, logits = torch_attacks.input_gradient(net, nets.to_tensor(x), torch.as_tensor(y))
+    labels = torch.as_tensor(y).to(nets.device())
+    _, gradient, logits = torch_attacks.input_gradient(net, nets.to_tensor(x), labels)
     assert gradient.dtype == torch.float32
-    np.testing.assert_allclose(logits, machine(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nets.to_numpy(logits), machine(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
 
     def loss(x):
         return losses.cross_entropy(machine(x), jax.nn.one_hot(y, 10, dtype=x.dtype)).sum()
@@ -59,7 +60,8 @@ def test_pgd_through_the_bridge_is_pgd_in_jax(case):
     settings = {"threat": threat, "n_steps": 5, "step_size": 0.04}
     ours = attacks.pgd(machine, x, y, **settings)
     net = bridge.KernelNet(machine)
-    theirs = torch_attacks.pgd(net, nets.to_tensor(x), torch.as_tensor(y), **settings)
+    labels = torch.as_tensor(y).to(nets.device())
+    theirs = torch_attacks.pgd(net, nets.to_tensor(x), labels, **settings)
     # A gradient that is almost 0 may have either sign: a few pixels differ by whole steps.
     differ = np.abs(nets.to_array(theirs) - np.asarray(ours)) > 1e-5
     assert differ.mean() < 1e-3
@@ -92,7 +94,7 @@ def test_in_float64(case):
     support, alpha = (jnp.asarray(np.asarray(a), "float64") for a in machine_arrays(machine))
     exact = krr.KernelMachine(machine.kernel, support, alpha)
     expected = exact(jnp.asarray(x[:5], "float64"))
-    np.testing.assert_allclose(found.detach(), expected, rtol=1e-11)
+    np.testing.assert_allclose(nets.to_numpy(found), expected, rtol=1e-11)
     slope = jax.grad(lambda x: exact(x).sum())(jnp.asarray(x[:5], "float64"))
     np.testing.assert_allclose(nets.to_array(gradient), slope, rtol=1e-9, atol=1e-12)
 

@@ -313,5 +313,7 @@ def test_all_in_one_array():
     assert analysis.temp_size_in_bytes < 0.2 * k.nbytes
     multiply = gram._symmetric_product.lower(50, k, k[0], v).compile().memory_analysis()
     assert multiply.temp_size_in_bytes < 0.2 * k.nbytes
+    library = 0 if jax.default_backend() == "cpu" else 2**26  # what cuBLAS takes, whatever S is
     for half in (solver._solve_half, solver._solve_other_half):
-        assert half.lower(k, v).compile().memory_analysis().temp_size_in_bytes < 0.2 * k.nbytes
+        taken = half.lower(k, v).compile().memory_analysis().temp_size_in_bytes
+        assert taken < 0.2 * k.nbytes + library
