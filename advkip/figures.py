@@ -50,6 +50,7 @@ def gradient_norms(histories) -> Figure:
     for title, history in histories.items():
         points = [(line["step"], line["gradient_norm"]) for line in history]
         axis.plot(*zip(*points, strict=True), label=title, marker=".")
+    axis.margins(y=0.2)  # room for the legend
     axis.set(xlabel="outer step", ylabel=r"mean $\|\nabla_x L\|_2$ (validation)", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()

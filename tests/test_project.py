@@ -521,13 +521,18 @@ def test_reports_hold_small_files_and_no_machine_paths():
 
 
 def test_what_the_package_sets_for_the_libraries_it_loads():
-    """Threads that sleep, and a GPU that JAX and PyTorch share; both only where nothing is set."""
-    names = ("OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    """Threads that sleep, a GPU that JAX and PyTorch share, programs that XLA does not choose by
+    the clock; each only where nothing is set."""
+    names = ("OMP_WAIT_POLICY", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_FLAGS")
+    steady = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    other = "--xla_gpu_autotune_level=2 --xla_dump_to=x"
     program = f"import advkip, os; print([os.environ[name] for name in {names}])"
     bare = {k: v for k, v in os.environ.items() if k not in names}
     for given, expected in (
-        ({}, ["PASSIVE", "false"]),
-        ({names[0]: "ACTIVE"}, ["ACTIVE", "false"]),
+        ({}, ["PASSIVE", "false", steady]),
+        ({names[0]: "ACTIVE"}, ["ACTIVE", "false", steady]),
+        ({names[2]: steady}, ["PASSIVE", "false", steady]),
+        ({names[2]: other}, ["PASSIVE", "false", f"--xla_gpu_enable_triton_gemm=false {other}"]),
     ):
         found = subprocess.run(
             [sys.executable, "-c", program], env=bare | given, cwd=ROOT, capture_output=True,

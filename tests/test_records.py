@@ -40,6 +40,12 @@ def test_layout(tmp_path):
     assert (row["attack"], row["accuracy"], row["n_test"], row["seed"]) == ("pgd10", 0.4, 100, 0)
 
 
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    assert len(records.commit().rstrip("+")) == 40
+    monkeypatch.setenv("ADVKIP_COMMIT", "0123abc")
+    assert records.commit() == "0123abc"
+
+
 def test_notebooks_share_a_file(tmp_path):
     write(tmp_path, notebook="01_kernels")
     write(tmp_path, notebook="02_transfer")
