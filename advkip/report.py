@@ -39,7 +39,7 @@ FIGURES = (
 )
 """The paper's six figures, and what notebooks call theirs."""
 
-WIDTH = 900
+WIDTH = 640
 """Pixels of an embedded figure; a click opens the whole one."""
 
 
