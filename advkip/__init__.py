@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # Read when JAX first uses a GPU. XLA otherwise times many programs for each product of matrices
-# and takes the fastest: compiling takes three times as long, and which one wins, and with it the
-# last bits of a result, differs from run to run.
+# and takes the fastest: compiling takes longer, and which one wins, and with it the last bits of a
+# result, may differ from run to run.
 _STEADY = {"--xla_gpu_autotune_level": "0", "--xla_gpu_enable_triton_gemm": "false"}
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
