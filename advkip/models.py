@@ -13,9 +13,6 @@ import torch
 from advkip import attacks, bridge, krr, nets, probes, torch_attacks
 from advkip.attack_names import UNTARGETED_PARTS, Attack
 
-BATCH = 100 if nets.device().type == "cpu" else 500
-"""Images that a network is given at a time."""
-
 
 def judged(model, *, seed=0, batch_size=0) -> "_Network":
     """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`."""
@@ -33,7 +30,8 @@ class _Network:
                 "pass one of them"
             )
         nets.check_evaluated(net)
-        self.net, self.seed, self.batch_size = nets.Logits(net), seed, batch_size or BATCH
+        self.net, self.seed = nets.Logits(net), seed
+        self.batch_size = batch_size or nets.batch_size(net)
         self.model = f"{type(net).__qualname__} {net!r}"
         self.like = self.net.own()
         if self.like is not None and self.like.dtype in nets.HALF:

@@ -223,6 +223,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+HEAVY = 4_000_000
+"""Weights from which a pass over 100 images takes its time for reading them."""
+
+
+def batch_size(net) -> int:
+    """Images that a network is given at a time: 500, or 100 on a CPU if it is not `HEAVY`."""
+    heavy = sum(weights.numel() for weights in net.parameters()) > HEAVY
+    return 500 if heavy or device().type != "cpu" else 100
+
+
 def to_tensor(x, *, like=None) -> torch.Tensor:
     """NHWC array to an NCHW tensor, contiguous, so that any network can `view` it.
 

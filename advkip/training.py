@@ -25,9 +25,6 @@ from advkip.settings import SCORES
 FAR = 20.0
 """A distilled set leaves [0, 1], but not as far: these are pixels of 0..255."""
 
-BATCH = 100
-"""Images at a time when accuracies are measured."""
-
 CLEAN_MARGIN = 0.1
 """Weights are kept only if their clean accuracy is within this of the best seen. Where training
 brings no robustness, robust accuracy alone would choose the weights that have learned least, since
@@ -314,8 +311,8 @@ def robust_accuracies(net, x, y, recipe: Recipe, *, strong=True) -> dict:
       and of several losses), loss_right, loss_wrong, gradient_right, gradient_wrong.
     """
     strong = strong and recipe.choose_by == "worst-case"
-    parts = []
-    for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True):
+    parts, size = [], nets.batch_size(net)
+    for a, b in zip(x.split(size), y.split(size), strict=True):
         losses, gradient, logits = torch_attacks.input_gradient(net, a, b)
         right = logits.argmax(1) == b
         ball = {"threat": recipe.threat, "step_size": recipe.step_size}

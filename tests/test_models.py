@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import attacks, data, evaluate, nets, training
+from advkip import attacks, data, evaluate, models, nets, training
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,12 @@ def test_autoattack_ends_no_debugger(digit_net):
         assert sys.gettrace() is trace
     finally:
         sys.settrace(before)
+
+
+@pytest.mark.parametrize(("width", "cpu"), [(64, 100), (1200, 500)])
+def test_networks_of_many_weights_get_larger_batches(width, cpu):
+    """Reading the weights is what a pass over few images takes, so it is done for more of them."""
+    net = nets.build(f"fc3-{width}", shape=(32, 32, 3), n_classes=10, seed=0).eval()
+    expected = cpu if nets.device().type == "cpu" else 500
+    assert models.judged(net).batch_size == nets.batch_size(net) == expected
+    assert models.judged(net, batch_size=7).batch_size == 7
