@@ -58,6 +58,7 @@ class Experiment(Section):
     """of notebook 03"""
     adversarial_training: s.AdversarialTraining | None = s.AdversarialTraining()
     """null leaves it out"""
+    relabelling: s.Relabelling = s.Relabelling()
     robust_features: s.RobustFeatures = s.RobustFeatures()
     diagnosis: s.Diagnosis = s.Diagnosis()
     remedies: s.Remedies = s.Remedies()
@@ -84,7 +85,9 @@ class Experiment(Section):
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)
         for notebook, sets in (asked | {"04_shortcomings": self.diagnosis.sets}).items():
-            missing = set(sets) & set(s.METHODS) - set(self.methods)
+            files = any(map(s.is_path, sets))  # one of which may be the teacher
+            needed = {"adv-kip" if name == "relabelled" and not files else name for name in sets}
+            missing = needed & set(s.METHODS) - set(self.methods)
             if notebook in self.notebooks and missing:
                 raise ValueError(
                     f"expected settings of {sorted(missing)}, which {notebook} trains on, got "
@@ -223,7 +226,7 @@ FREE = (
 MACHINE = ("seed", "dataset", "kernel", "support", "threat")
 """Sections that a kernel machine on a support set depends on."""
 
-_NETS = (*MACHINE, "adv_kip", "kip", "threat_l2", "networks", "evaluation")
+_NETS = (*MACHINE, "adv_kip", "kip", "threat_l2", "networks", "relabelling", "evaluation")
 SECTIONS = {
     "00_walkthrough": (),
     "01_kernels": (*MACHINE, "adv_kip", "kip"),

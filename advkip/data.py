@@ -25,7 +25,7 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CI
 STREAMS = {
     "validation": 1, "support": 2, "test": 3, "target": 4, "weights": 5,
     "order": 6, "noise": 7, "original": 8, "watched": 9, "dropout": 10, "robust": 11,
-    "diagnosis": 12, "inner": 13, "copies": 14,
+    "diagnosis": 12, "inner": 13, "copies": 14, "relabelled": 15,
 }  # fmt: skip
 
 
@@ -164,6 +164,7 @@ class TrainingSet(NamedTuple):
     x: np.ndarray  # images (N, H, W, C), float32; a distilled set's may leave [0, 1]
     y: np.ndarray  # label vectors (N, classes), float32
     kernel: Kernel | None = None  # that a distilled set was made with, with its settings
+    teacher: str = ""  # the kernel whose machine gave the labels (see `relabel`)
 
 
 def draw_original(experiment: Experiment, splits: Splits) -> TrainingSet:

@@ -201,7 +201,7 @@ def of_set(chosen, *, n_train: int | None = None) -> dict:
 def of_training(chosen, found, trained=None) -> dict:
     """Columns of a row about a network of a `training.Search` on a set, and its epoch."""
     columns = of_set(chosen) | {"learning_rate": found.learning_rate}
-    columns["set_kernel"] = chosen.kernel.name if chosen.kernel else ""
+    columns["set_kernel"] = chosen.kernel.name if chosen.kernel else chosen.teacher
     return columns | ({"epoch": trained.epoch} if trained else {})
 
 

@@ -2,6 +2,8 @@
 
 original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
+noisy             'original' and noisy copies of it (`relabel`)
+relabelled        the same images, labelled by the kernel machine of 'adv-kip' (a path may hold it)
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
                   the published robust features (`features.load`)
@@ -14,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from advkip import data, distill, features, files, kernels, krr
+from advkip import data, distill, features, files, kernels, krr, relabel
 from advkip.config import Experiment
 from advkip.data import TrainingSet
+from advkip.relabel import NOISY, RELABELLED
 from advkip.settings import Kernel, Method, is_path
 
 ROBUST_FEATURES = "robust-features"
@@ -31,7 +34,8 @@ def load(
       names: see the module's text.
       experiment, splits: as for `distill.distill`.
       dataset: the `data.Dataset` behind the splits.
-      folder: of checkpoints; a set that is distilled is also left there, as <method>.npz.
+      folder: of checkpoints; a set that is distilled or relabelled is also left there, as
+        <name>.npz.
 
     Returns:
       {name: `TrainingSet`}; a path becomes what is in it: 'adv-kip', 'kip', 'robust-features' or
@@ -42,24 +46,44 @@ def load(
         whose name another set has; FileNotFoundError.
     """
     found = {}
+    names = sorted(names, key=RELABELLED.__eq__)  # the last, when its teacher is there
     for name in (one for one in names if one != ROBUST_FEATURES):
         if is_path(name):
             name, chosen = from_path(name, n_classes=splits.n_classes, **_center(experiment))
             data.check_fits(name, *chosen[:2], splits.x_test.shape[1:], splits.n_classes)
         elif name == "original":
             chosen = data.draw_original(experiment, splits)
+        elif name == NOISY:
+            chosen = _noisy(experiment, splits)
+        elif name == RELABELLED:
+            its = found.get("adv-kip") or _distilled("adv-kip", experiment, splits, dataset, folder)
+            chosen = relabel.relabelled(
+                machine(its, experiment), _noisy(experiment, splits),
+                teacher=(its.kernel or experiment.kernel).name,
+                batch_size=experiment.kernel.block_size or 0,
+            )  # fmt: skip
+            relabel.save(Path(folder) / f"{name}.npz", chosen, experiment, dataset)
         else:
             method: Method = "kip" if name == "kip" else "adv-kip"
-            result = distill.distill(experiment, splits, method=method, checkpoint_dir=folder)
-            path = Path(folder) / f"{name}.npz"
-            if not _holds(path, result, experiment, dataset):
-                distill.save(path, result, experiment, dataset)
-            x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
-            chosen = TrainingSet(x, y, experiment.kernel)
+            chosen = _distilled(method, experiment, splits, dataset, folder)
         if name in found:
             raise ValueError(f"expected sets of different names, got {name!r} twice; pass one")
         found[name] = chosen
     return found
+
+
+def _noisy(experiment, splits):
+    chosen = data.draw_original(experiment, splits)
+    return relabel.noisy(chosen, seed=experiment.seed, **experiment.relabelling.to_dict())
+
+
+def _distilled(method: Method, experiment, splits, dataset, folder):
+    result = distill.distill(experiment, splits, method=method, checkpoint_dir=folder)
+    path = Path(folder) / f"{method}.npz"
+    if not _holds(path, result, experiment, dataset):
+        distill.save(path, result, experiment, dataset)
+    x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
+    return TrainingSet(x, y, experiment.kernel)
 
 
 def invert(net, chosen: TrainingSet, experiment: Experiment, folder) -> features.Inverted:
@@ -84,8 +108,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     """(name, `TrainingSet`) of an .npz, or of a folder with the published robust features.
 
     The name is 'adv-kip' or 'kip' for a file of `distill.save`, whose label vectors are kept as
-    they are, with the step behind it for 'adv-kip-100.npz'; else the file's own, and integer labels
-    become one-hot.
+    they are, with the step behind it for 'adv-kip-100.npz', and 'relabelled' for one of
+    `relabel.save`; else the file's own, and integer labels become one-hot.
 
     Args:
       path: the file or folder.
@@ -107,6 +131,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
         labels = data.one_hot(dataset.y_train, classes, center=center)
     method, kernel = _made_with(settings)
     parts = data.to_float(dataset.x_train), labels.astype("float32")
+    if method == RELABELLED and kernel:
+        return RELABELLED, TrainingSet(*parts, teacher=kernel.name)
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 
@@ -137,7 +163,8 @@ def sample(path, to, *, per_class: int) -> None:
 
 
 def _made_with(settings):
-    """(method, kernel) of a file of `distill.save`, also of the flat settings before sections."""
+    """(method, kernel) of a file of `distill.save` or `relabel.save`, also of the flat settings
+    before sections."""
     try:
         found = json.loads(settings)
         if isinstance(found["kernel"], str):

@@ -32,7 +32,7 @@ SCORES: dict[Chooser, str] = {"pgd": "pgd", "worst-case": "strong"}
 
 Method = Literal["adv-kip", "kip"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
-SETS = ("original", *METHODS, "robust-features")
+SETS = ("original", *METHODS, "noisy", "relabelled", "robust-features")
 """Names of training sets; anything else is a path (see `sets`)."""
 
 
@@ -240,6 +240,23 @@ class Common(Section):
     """of the robust validation accuracy, and of a verdict's claim"""
     choose_by: Chooser = "pgd"
     """what chooses epochs and learning rates on validation images"""
+
+
+class Relabelling(Section):
+    """Of the sets 'noisy' and 'relabelled' (see `relabel`)."""
+
+    copies: Count = 1
+    """of each original image, the first as it is"""
+    noise: Annotated[NotNegative, Field(le=1)] = 0.0
+    """what each pixel of the others differs by, up or down at random, in pixel units"""
+
+    @model_validator(mode="after")
+    def _copies_differ(self):
+        if self.copies > 1 and not self.noise:
+            raise ValueError(
+                f"expected noise > 0 with {self.copies} copies, got 0; pass the threat's epsilon"
+            )
+        return self
 
 
 class RobustFeatures(Section):

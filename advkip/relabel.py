@@ -1,0 +1,107 @@
+"""Original images with what a robust kernel machine answers to them: labels that say more.
+
+A class leaves a network free to tell it by whatever does, and most of that is not robust. The
+answers f(x) of a distilled kernel machine (Eq. 4), C numbers an image, say how much of each class
+*the machine* sees there, by features that withstand attacks. A network that reproduces them on
+enough images has learned the machine's function rather than the classes, and with it some of the
+robustness. It is distillation (Hinton et al. 2015) from a teacher that is robust because of its
+data: Algorithm 1 attacks the kernel machine and nothing else, and training on the answers is plain.
+With adversarially trained networks as teachers, ARD (Goldblum et al. 2020) and RRM (USENIX Security
+2022) found that robustness is passed on so.
+
+Where the attack's ball is large, images alone do not say what the machine is inside it. Copies do:
+each pixel is changed by as much as the attack may change it, up or down at random, and the machine
+answers to them, too. The control has the same images and copies, and their classes as labels.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import advkip
+from advkip import attacks, data, files, gram
+from advkip.config import Experiment
+from advkip.data import TrainingSet
+
+RELABELLED, NOISY = "relabelled", "noisy"
+
+
+def noisy(original: TrainingSet, *, copies: int, noise: float, seed: int) -> TrainingSet:
+    """A set, and after it copies - 1 of it, with noise on the images and their own labels.
+
+    Args:
+      original: images (N, H, W, C) in [0, 1] and label vectors (N, C).
+      copies: of each image, the first as it is.
+      noise: what each pixel of the others differs by, up or down at random, then clipped to [0, 1];
+        of 8-bit images the copies are 8-bit images, too.
+      seed: of the noise.
+    """
+    x, eight_bit = original.x, _rounds(original.x)
+    every = [x]
+    for copy in range(1, copies):
+        signs = data.generator(seed, "relabelled", copy).integers(0, 2, x.shape, dtype="int8")
+        more = np.clip(x + np.float32(noise) * (2 * signs - 1), 0, 1)
+        every.append(_rounded(more) if eight_bit else more)
+    return TrainingSet(np.concatenate(every), np.tile(original.y, (copies, 1)))
+
+
+def _rounded(x):
+    return data.to_float(np.round(x * 255).astype("uint8"))
+
+
+def _rounds(x):
+    return np.array_equal(_rounded(x), x)
+
+
+def relabelled(machine, original: TrainingSet, *, teacher: str, batch_size: int = 0) -> TrainingSet:
+    """The images of a set with a kernel machine's answers in place of their labels.
+
+    The answers are multiplied by one number, so that the labels have the standard deviation of
+    those they replace: the same recipe then suits both.
+
+    Args:
+      machine: a `krr.KernelMachine`, or another function of images (n, H, W, C).
+      original: images (N, H, W, C) and label vectors (N, C).
+      teacher: what tables call the machine.
+      batch_size: images at a time; 0 chooses.
+
+    Raises:
+      ValueError: answers that are all the same, or not as many as classes.
+    """
+    rows = batch_size or gram.rows_of_tile(machine.kernel, len(machine.x_support))
+    answers = np.asarray(attacks.predict(machine, original.x, batch_size=rows))
+    if answers.shape != original.y.shape or not answers.std() > 0:
+        raise ValueError(
+            f"expected answers {original.y.shape} that differ, got {answers.shape} of standard "
+            f"deviation {answers.std():.3g}; pass a machine of the same classes"
+        )
+    y = answers * (original.y.std() / answers.std())
+    return TrainingSet(original.x, y.astype("float32"), teacher=teacher)
+
+
+def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset) -> None:
+    """Leaves a relabelled set as .npz in `data`'s layout, for any training script.
+
+    x_train (uint8 where that loses nothing) are the images, y_train the label vectors; x_test and
+    y_test the data set's own; `experiment` says what the teacher was made with. `sets.from_path`
+    reads it. A file that holds the same is left alone.
+    """
+    x = np.round(made.x * 255).astype("uint8") if _rounds(made.x) else made.x
+    settings = json.dumps(experiment.to_dict() | {"method": RELABELLED})
+    if Path(path).exists() and _holds(path, (x, made.y, dataset.x_test, dataset.y_test), settings):
+        return
+    with files.replacing(path) as file:
+        np.savez(
+            file, x_train=x, y_train=made.y, x_test=dataset.x_test, y_test=dataset.y_test,
+            version=advkip.__version__, experiment=settings,
+        )  # fmt: skip
+
+
+def _holds(path, new, settings):
+    try:
+        arrays, its = data.read(path)
+    except ValueError:  # a damaged one
+        return False
+    same = (np.array_equal(arrays[key], one) for key, one in zip(data.KEYS, new, strict=True))
+    return its == settings and all(same)

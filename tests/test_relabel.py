@@ -1,0 +1,152 @@
+"""Original images with a kernel machine's answers as labels."""
+
+import numpy as np
+import pytest
+import torch
+
+from advkip import data, nets, recipe, relabel, search, sets, training
+from advkip.config import Experiment
+from tests.sections import changed, experiment
+
+SMALL = experiment(
+    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
+    adv_kip__n_steps=2, adv_kip__pgd_steps=2, kip=None, kernel__name="fc2",
+    networks__n_original=40,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def splits(digits):
+    return data.split(digits, SMALL)
+
+
+def test_labels_are_the_machines_answers(digits, splits, tmp_path):
+    found = sets.load(["relabelled", "adv-kip", "original"], SMALL, splits, digits, tmp_path)
+    original, made = found["original"], found["relabelled"]
+    np.testing.assert_array_equal(made.x, original.x)
+    answers = np.asarray(sets.machine(found["adv-kip"], SMALL)(original.x))
+    np.testing.assert_allclose(made.y.std(), original.y.std(), rtol=1e-5)
+    np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
+    assert (made.kernel, made.teacher) == (None, "fc2")
+    alone = sets.load(["relabelled"], SMALL, splits, digits, tmp_path)["relabelled"]
+    np.testing.assert_array_equal(alone.y, made.y)
+
+
+def test_the_teacher_may_be_in_a_file(digits, splits, tmp_path):
+    other = changed(SMALL, kernel__name="fc1", support__n_support=20)
+    theirs = sets.load(["adv-kip"], other, splits, digits, tmp_path / "other")["adv-kip"]
+    own = changed(
+        SMALL, adv_kip=None, notebooks=["02_transfer"], networks__sets=["x", "relabelled"]
+    )
+    names = ["relabelled", str(tmp_path / "other" / "adv-kip.npz")]
+    made = sets.load(names, own, splits, digits, tmp_path)["relabelled"]
+    answers = np.asarray(sets.machine(theirs, own)(made.x))
+    np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
+    assert made.teacher == "fc1"
+
+
+@pytest.mark.parametrize("levels", [16, 255])
+def test_a_relabelled_set_is_a_file_that_any_script_can_use(levels, digits, splits, tmp_path):
+    x = np.round(splits.x_pool * levels).astype("float32") / np.float32(levels)
+    made = sets.load(["relabelled"], SMALL, splits._replace(x_pool=x), digits, tmp_path)
+    path = tmp_path / "relabelled.npz"
+    assert np.load(path)["x_train"].dtype == ("uint8" if levels == 255 else "float32")
+    name, again = sets.from_path(path)
+    assert (name, again.kernel, again.teacher) == ("relabelled", None, "fc2")
+    np.testing.assert_array_equal(again.x, made["relabelled"].x)
+    np.testing.assert_array_equal(again.y, made["relabelled"].y)
+    dataset = data.from_npz(path)  # labels are the classes of the largest answers
+    np.testing.assert_array_equal(dataset.y_train, again.y.argmax(1))
+
+
+def test_a_file_that_is_right_is_not_written_again(digits, splits, tmp_path):
+    def load():
+        sets.load(["relabelled"], SMALL, splits, digits, tmp_path)
+        return (tmp_path / "relabelled.npz").stat().st_mtime_ns
+
+    first = load()
+    assert load() == first
+    (tmp_path / "relabelled.npz").write_bytes(b"damaged")
+    assert load() != first
+    assert sets.from_path(tmp_path / "relabelled.npz")[0] == "relabelled"
+
+
+def test_answers_that_do_not_fit_are_refused(digits, splits, tmp_path):
+    chosen = sets.load(["original", "adv-kip"], SMALL, splits, digits, tmp_path)
+    machine, original = sets.machine(chosen["adv-kip"], SMALL), chosen["original"]
+    mute = machine.__class__(machine.kernel, machine.x_support, 0 * machine.alpha)
+    with pytest.raises(ValueError, match=r"expected answers \(40, 10\) that differ"):
+        relabel.relabelled(mute, original, teacher="fc2")
+    fewer = original._replace(y=original.y[:, :9])
+    with pytest.raises(ValueError, match=r"expected answers \(40, 9\) .* got \(40, 10\)"):
+        relabel.relabelled(machine, fewer, teacher="fc2")
+
+
+def test_a_relabelled_set_needs_a_teacher():
+    settings = {"notebooks": ["02_transfer"], "networks": {"sets": ["relabelled"]}}
+    with pytest.raises(ValueError, match=r"expected settings of \['adv-kip'\]"):
+        Experiment.from_params(settings | {"adv_kip": None})
+    Experiment.from_params(settings)
+
+
+@pytest.mark.parametrize("levels", [16, 255])
+def test_copies_differ_by_as_much_as_is_asked(levels, digits, splits, tmp_path):
+    x = np.round(splits.x_pool * levels).astype("float32") / np.float32(levels)
+    e = changed(SMALL, relabelling__copies=3, relabelling__noise=0.3)
+    names = ["original", "adv-kip", "noisy", "relabelled"]
+    found = sets.load(names, e, splits._replace(x_pool=x), digits, tmp_path)
+    original, made = found["original"], found["noisy"]
+    assert made.x.shape == (120, 8, 8, 1)
+    assert made.x.dtype == np.float32
+    np.testing.assert_array_equal(made.x[:40], original.x)
+    np.testing.assert_array_equal(made.y, np.tile(original.y, (3, 1)))
+    step = np.abs(made.x[40:] - np.tile(original.x, (2, 1, 1, 1)))
+    rounding = 0.5 / 255 if levels == 255 else 0
+    inside = (made.x[40:] > 0) & (made.x[40:] < 1)
+    np.testing.assert_allclose(step[inside], 0.3, atol=rounding + 1e-6)
+    assert step.max() < 0.3 + rounding + 1e-6
+    assert (made.x[40:80] != made.x[80:]).any()
+    whole = np.round(made.x * 255)
+    assert (np.abs(whole - made.x * 255).max() < 1e-4) == (levels == 255)
+    np.testing.assert_array_equal(found["relabelled"].x, made.x)
+    answers = np.asarray(sets.machine(found["adv-kip"], e)(made.x))
+    np.testing.assert_allclose(
+        found["relabelled"].y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_copies_without_noise_are_refused():
+    with pytest.raises(ValueError, match="expected noise > 0 with 2 copies"):
+        changed(SMALL, relabelling__copies=2)
+
+
+def test_networks_take_over_the_machines_robustness(digits, tmp_path):
+    """Plain training, one recipe, the same images and noisy copies: on the machine's answers a
+    network withstands more than on classes, by the worst case of several losses on test images."""
+    e = experiment(
+        support__n_support=100, support__n_target=100, dataset__n_test=200, kernel__name="fc1",
+        adv_kip__n_steps=60, adv_kip__choose_by="worst-case", adv_kip__eval_every=60,
+        adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge", networks__n_original=1200,
+        networks__choose_by="worst-case", networks__n_watch=100, relabelling__copies=5,
+        relabelling__noise=0.2, fully_connected__epochs=20, fully_connected__eval_every=10,
+    )  # fmt: skip
+    splits = data.split(digits, e)
+    x, y = data.draw_test(splits, 200, seed=0)
+    watched = training.watched(splits, 100, seed=0)
+    plain = recipe.Recipe.of(e.fully_connected, e)
+    left = {}
+    for name, one in sets.load(["noisy", "relabelled"], e, splits, digits, tmp_path).items():
+        (trained,) = search.search(
+            "fc1-256", one.x, one.y, recipe=plain, learning_rates=[1e-3], watched=watched,
+            seeds=[0], progress=False,
+        ).best  # fmt: skip
+        left[name] = training.robust_accuracies(
+            trained.net, nets.to_tensor(x), torch.as_tensor(y).to(nets.device()), plain
+        )
+    assert left["relabelled"]["clean"] > 0.85
+    assert left["relabelled"]["strong"] > left["noisy"]["strong"] + 0.1
