@@ -27,23 +27,31 @@ from advkip.data import TrainingSet
 RELABELLED, NOISY = "relabelled", "noisy"
 
 
-def noisy(original: TrainingSet, *, copies: int, noise: float, seed: int) -> TrainingSet:
-    """A set, and after it copies - 1 of it, with noise on the images and their own labels.
+def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
+    """A set, and after it copies of it with noise on the images and the same labels.
+
+    Each pixel of a copy is changed by `relabelling.noise`, up or down at random, and clipped to
+    [0, 1]; of 8-bit images the copies are 8-bit images, too. As far as the threat allows is epsilon
+    in each pixel (l_inf), or a change of length epsilon (l2).
 
     Args:
       original: images (N, H, W, C) in [0, 1] and label vectors (N, C).
-      copies: of each image, the first as it is.
-      noise: what each pixel of the others differs by, up or down at random, then clipped to [0, 1];
-        of 8-bit images the copies are 8-bit images, too.
-      seed: of the noise.
+      experiment: whose `relabelling`, threat and seed are used.
+
+    Returns:
+      `relabelling.copies` times as many images.
     """
-    x, eight_bit = original.x, _rounds(original.x)
-    every = [x]
-    for copy in range(1, copies):
-        signs = data.generator(seed, "relabelled", copy).integers(0, 2, x.shape, dtype="int8")
-        more = np.clip(x + np.float32(noise) * (2 * signs - 1), 0, 1)
+    x, noise, threat = original.x, experiment.relabelling.noise, experiment.threat
+    if noise is None:
+        dimensions = 1 if threat.norm == "linf" else x[0].size
+        noise = threat.epsilon / np.sqrt(dimensions)
+    every, eight_bit = [x], _rounds(x)
+    for copy in range(1, experiment.relabelling.copies):
+        generator = data.generator(experiment.seed, "relabelled", copy)
+        signs = 2 * generator.integers(0, 2, x.shape, dtype="int8") - 1
+        more = np.clip(x + np.float32(noise) * signs, 0, 1)
         every.append(_rounded(more) if eight_bit else more)
-    return TrainingSet(np.concatenate(every), np.tile(original.y, (copies, 1)))
+    return TrainingSet(np.concatenate(every), np.tile(original.y, (len(every), 1)))
 
 
 def _rounded(x):
@@ -54,27 +62,33 @@ def _rounds(x):
     return np.array_equal(_rounded(x), x)
 
 
-def relabelled(machine, original: TrainingSet, *, teacher: str, batch_size: int = 0) -> TrainingSet:
-    """The images of a set with a kernel machine's answers in place of their labels.
+def answers(machine, x, *, batch_size: int = 0) -> np.ndarray:
+    """What a `krr.KernelMachine` answers to images (N, H, W, C), shape (N, C).
+
+    `batch_size` is the number of images at a time; 0 chooses.
+    """
+    rows = batch_size or gram.rows_of_tile(machine.kernel, len(machine.x_support))
+    return np.asarray(attacks.predict(machine, x, batch_size=rows))
+
+
+def relabelled(original: TrainingSet, answers, *, teacher: str) -> TrainingSet:
+    """The images of a set with a teacher's answers in place of their labels.
 
     The answers are multiplied by one number, so that the labels have the standard deviation of
     those they replace: the same recipe then suits both.
 
     Args:
-      machine: a `krr.KernelMachine`, or another function of images (n, H, W, C).
       original: images (N, H, W, C) and label vectors (N, C).
-      teacher: what tables call the machine.
-      batch_size: images at a time; 0 chooses.
+      answers: of the teacher to these images, shape (N, C).
+      teacher: what tables call it.
 
     Raises:
-      ValueError: answers that are all the same, or not as many as classes.
+      ValueError: answers that are all the same, or of another shape.
     """
-    rows = batch_size or gram.rows_of_tile(machine.kernel, len(machine.x_support))
-    answers = np.asarray(attacks.predict(machine, original.x, batch_size=rows))
     if answers.shape != original.y.shape or not answers.std() > 0:
         raise ValueError(
             f"expected answers {original.y.shape} that differ, got {answers.shape} of standard "
-            f"deviation {answers.std():.3g}; pass a machine of the same classes"
+            f"deviation {answers.std():.3g}; pass those of a teacher of the same classes"
         )
     y = answers * (original.y.std() / answers.std())
     return TrainingSet(original.x, y.astype("float32"), teacher=teacher)

@@ -54,14 +54,10 @@ def load(
         elif name == "original":
             chosen = data.draw_original(experiment, splits)
         elif name == NOISY:
-            chosen = _noisy(experiment, splits)
+            chosen = noisy(experiment, splits)
         elif name == RELABELLED:
             its = found.get("adv-kip") or _distilled("adv-kip", experiment, splits, dataset, folder)
-            chosen = relabel.relabelled(
-                machine(its, experiment), _noisy(experiment, splits),
-                teacher=(its.kernel or experiment.kernel).name,
-                batch_size=experiment.kernel.block_size or 0,
-            )  # fmt: skip
+            chosen = relabelled(its, experiment, splits)
             relabel.save(Path(folder) / f"{name}.npz", chosen, experiment, dataset)
         else:
             method: Method = "kip" if name == "kip" else "adv-kip"
@@ -72,9 +68,21 @@ def load(
     return found
 
 
-def _noisy(experiment, splits):
-    chosen = data.draw_original(experiment, splits)
-    return relabel.noisy(chosen, seed=experiment.seed, **experiment.relabelling.to_dict())
+def noisy(experiment: Experiment, splits: data.Splits) -> TrainingSet:
+    """The set 'noisy' of an experiment (see `relabel.noisy`)."""
+    return relabel.noisy(data.draw_original(experiment, splits), experiment)
+
+
+def relabelled(its: TrainingSet, experiment: Experiment, splits: data.Splits) -> TrainingSet:
+    """The set 'relabelled' of an experiment, labelled by the kernel machine of a distilled set.
+
+    Raises:
+      ValueError, FloatingPointError: as `machine` and `relabel.relabelled`.
+    """
+    chosen, teacher = noisy(experiment, splits), machine(its, experiment)
+    rows = experiment.kernel.block_size or 0
+    found = relabel.answers(teacher, chosen.x, batch_size=rows)
+    return relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
 
 
 def _distilled(method: Method, experiment, splits, dataset, folder):

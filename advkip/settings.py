@@ -245,18 +245,11 @@ class Common(Section):
 class Relabelling(Section):
     """Of the sets 'noisy' and 'relabelled' (see `relabel`)."""
 
-    copies: Count = 1
+    copies: Count = 4
     """of each original image, the first as it is"""
-    noise: Annotated[NotNegative, Field(le=1)] = 0.0
-    """what each pixel of the others differs by, up or down at random, in pixel units"""
-
-    @model_validator(mode="after")
-    def _copies_differ(self):
-        if self.copies > 1 and not self.noise:
-            raise ValueError(
-                f"expected noise > 0 with {self.copies} copies, got 0; pass the threat's epsilon"
-            )
-        return self
+    noise: Annotated[NotNegative, Field(le=1)] | None = None
+    """what each pixel of the others differs by, up or down at random, in pixel units; null: as far
+    as the threat allows"""
 
 
 class RobustFeatures(Section):

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -529,6 +530,29 @@ def test_reports_hold_small_files_and_no_machine_paths():
             assert len(made.x) == len(made.y) <= 5_000
         elif path.suffix != ".png":
             assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_arrays():
+    """Pages that the system clears anew for 40 arrays of 24 MB, 6,000 pages each."""
+    program = """import resource, numpy
+for _ in range(40):
+    numpy.ones(3_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    bare["NUMPY_MADVISE_HUGEPAGE"] = "0"
+
+    def pages(first, **given):
+        found = subprocess.run(
+            [sys.executable, "-c", first + program], env=bare | given, cwd=ROOT,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return int(found.stdout)
+
+    own = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "100000"}
+    assert pages("import advkip\n") < 40_000
+    assert pages("import advkip\n", **own) > 200_000
 
 
 def test_what_the_package_sets_for_the_libraries_it_loads():

@@ -11,7 +11,7 @@ from tests.sections import changed, experiment
 SMALL = experiment(
     support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
     adv_kip__n_steps=2, adv_kip__pgd_steps=2, kip=None, kernel__name="fc2",
-    networks__n_original=40,
+    networks__n_original=40, relabelling__copies=1,
 )  # fmt: skip
 
 
@@ -76,15 +76,16 @@ def test_a_file_that_is_right_is_not_written_again(digits, splits, tmp_path):
     assert sets.from_path(tmp_path / "relabelled.npz")[0] == "relabelled"
 
 
-def test_answers_that_do_not_fit_are_refused(digits, splits, tmp_path):
-    chosen = sets.load(["original", "adv-kip"], SMALL, splits, digits, tmp_path)
-    machine, original = sets.machine(chosen["adv-kip"], SMALL), chosen["original"]
-    mute = machine.__class__(machine.kernel, machine.x_support, 0 * machine.alpha)
-    with pytest.raises(ValueError, match=r"expected answers \(40, 10\) that differ"):
-        relabel.relabelled(mute, original, teacher="fc2")
-    fewer = original._replace(y=original.y[:, :9])
-    with pytest.raises(ValueError, match=r"expected answers \(40, 9\) .* got \(40, 10\)"):
-        relabel.relabelled(machine, fewer, teacher="fc2")
+def test_answers_that_do_not_fit_are_refused(splits):
+    original = data.draw_original(SMALL, splits)
+    with pytest.raises(
+        ValueError, match=r"expected answers \(40, 10\) that differ, got \(40, 10\)"
+    ):
+        relabel.relabelled(original, np.ones((40, 10)), teacher="mute")
+    with pytest.raises(ValueError, match=r"expected answers \(40, 10\) .* got \(40, 9\)"):
+        relabel.relabelled(original, np.eye(40, 9), teacher="of nine classes")
+    made = relabel.relabelled(original, 7 * np.eye(40, 10), teacher="any")
+    np.testing.assert_allclose(made.y, np.eye(40, 10) * made.y.max())
 
 
 def test_a_relabelled_set_needs_a_teacher():
@@ -120,9 +121,14 @@ def test_copies_differ_by_as_much_as_is_asked(levels, digits, splits, tmp_path):
     )
 
 
-def test_copies_without_noise_are_refused():
-    with pytest.raises(ValueError, match="expected noise > 0 with 2 copies"):
-        changed(SMALL, relabelling__copies=2)
+@pytest.mark.parametrize(("norm", "epsilon", "each"), [("linf", 0.25, 0.25), ("l2", 2.0, 0.25)])
+def test_copies_reach_as_far_as_the_threat(norm, epsilon, each, splits):
+    e = changed(SMALL, threat__norm=norm, threat__epsilon=epsilon, relabelling__copies=4)
+    original = data.draw_original(e, splits)
+    original = original._replace(x=np.full_like(original.x, 0.5))  # nothing is clipped
+    made = relabel.noisy(original, e)
+    assert len(made.x) == 4 * len(original.x)
+    np.testing.assert_allclose(np.abs(made.x[40:] - 0.5), each, rtol=1e-5)
 
 
 def test_networks_take_over_the_machines_robustness(digits, tmp_path):
@@ -130,10 +136,10 @@ def test_networks_take_over_the_machines_robustness(digits, tmp_path):
     network withstands more than on classes, by the worst case of several losses on test images."""
     e = experiment(
         support__n_support=100, support__n_target=100, dataset__n_test=200, kernel__name="fc1",
-        adv_kip__n_steps=60, adv_kip__choose_by="worst-case", adv_kip__eval_every=60,
-        adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge", networks__n_original=1200,
+        adv_kip__n_steps=60, adv_kip__eval_every=60, adv_kip__inner_loss="margin",
+        adv_kip__outer_loss="hinge", networks__n_original=1200,
         networks__choose_by="worst-case", networks__n_watch=100, relabelling__copies=5,
-        relabelling__noise=0.2, fully_connected__epochs=20, fully_connected__eval_every=10,
+        fully_connected__epochs=20, fully_connected__eval_every=10,
     )  # fmt: skip
     splits = data.split(digits, e)
     x, y = data.draw_test(splits, 200, seed=0)
