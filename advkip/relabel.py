@@ -98,8 +98,8 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     """Leaves a relabelled set as .npz in `data`'s layout, for any training script.
 
     x_train (uint8 where that loses nothing) are the images, y_train the label vectors; x_test and
-    y_test the data set's own; `experiment` says what the teacher was made with. `sets.from_path`
-    reads it. A file that holds the same is left alone.
+    y_test the data set's own; `experiment`, with the teacher's kernel, says what the set was made
+    with. `sets.from_path` reads it. A file that holds the same is left alone.
     """
     x = np.round(made.x * 255).astype("uint8") if _rounds(made.x) else made.x
     settings = json.dumps(experiment.to_dict() | {"method": RELABELLED})

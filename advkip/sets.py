@@ -58,7 +58,10 @@ def load(
         elif name == RELABELLED:
             its = found.get("adv-kip") or _distilled("adv-kip", experiment, splits, dataset, folder)
             chosen = relabelled(its, experiment, splits)
-            relabel.save(Path(folder) / f"{name}.npz", chosen, experiment, dataset)
+            made = (its.kernel or experiment.kernel).to_dict()
+            relabel.save(
+                Path(folder) / f"{name}.npz", chosen, experiment.replace(kernel=made), dataset
+            )
         else:
             method: Method = "kip" if name == "kip" else "adv-kip"
             chosen = _distilled(method, experiment, splits, dataset, folder)

@@ -48,6 +48,7 @@ def test_the_teacher_may_be_in_a_file(digits, splits, tmp_path):
     answers = np.asarray(sets.machine(theirs, own)(made.x))
     np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
     assert made.teacher == "fc1"
+    assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "fc1"
 
 
 @pytest.mark.parametrize("levels", [16, 255])
