@@ -29,8 +29,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 def _keep_memory():
     """Has glibc keep what arrays of up to 32 MiB leave free for the next ones, up to 2 GiB.
 
-    It otherwise gives them back to the system, which clears each page anew: a third of
-    the time of a training step of simple-cnn on two cores. Larger arrays still go back.
+    It otherwise gives them back to the system, which clears each page anew, at
+    every training step of a convolutional network. Larger arrays still go back.
     """
     if {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
         return  # the user's choice

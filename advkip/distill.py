@@ -165,6 +165,16 @@ def _keep(path, state, run):
     save(path, support, run.experiment, form)
 
 
+def stored(path, arrays) -> str | None:
+    """The settings in an .npz that holds these arrays, by data.KEYS; None without such a file."""
+    try:
+        found, settings = data.read(path)
+    except ValueError:  # none, or a damaged one
+        return None
+    same = (np.array_equal(found[key], one) for key, one in zip(data.KEYS, arrays, strict=True))
+    return settings if all(same) else None
+
+
 def save(
     path, distilled: Distilled, experiment: Experiment, dataset: data.Dataset | data.Splits
 ) -> None:

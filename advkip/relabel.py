@@ -9,18 +9,17 @@ data: Algorithm 1 attacks the kernel machine and nothing else, and training on t
 With adversarially trained networks as teachers, ARD (Goldblum et al. 2020) and RRM (USENIX Security
 2022) found that robustness is passed on so.
 
-Where the attack's ball is large, images alone do not say what the machine is inside it. Copies do:
-each pixel is changed by as much as the attack may change it, up or down at random, and the machine
-answers to them, too. The control has the same images and copies, and their classes as labels.
+Where the attack's ball is large, images alone do not say what the machine is inside it. Copies say
+more: each pixel is changed by as much as the attack may change it, up or down at random, and the
+machine answers to them, too. The control has the same images and copies, with classes as labels.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 import advkip
-from advkip import attacks, data, files, gram
+from advkip import attacks, data, distill, files, gram
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 
@@ -103,19 +102,10 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     """
     x = np.round(made.x * 255).astype("uint8") if _rounds(made.x) else made.x
     settings = json.dumps(experiment.to_dict() | {"method": RELABELLED})
-    if Path(path).exists() and _holds(path, (x, made.y, dataset.x_test, dataset.y_test), settings):
+    if distill.stored(path, (x, made.y, dataset.x_test, dataset.y_test)) == settings:
         return
     with files.replacing(path) as file:
         np.savez(
             file, x_train=x, y_train=made.y, x_test=dataset.x_test, y_test=dataset.y_test,
             version=advkip.__version__, experiment=settings,
         )  # fmt: skip
-
-
-def _holds(path, new, settings):
-    try:
-        arrays, its = data.read(path)
-    except ValueError:  # a damaged one
-        return False
-    same = (np.array_equal(arrays[key], one) for key, one in zip(data.KEYS, new, strict=True))
-    return its == settings and all(same)

@@ -182,7 +182,7 @@ class _Run:
 
     def make_optimizer(self, net):
         recipe = self.recipe
-        # One pass over weights and moments instead of ten: it halves FC3-1024's time on two cores.
+        # One pass over weights and moments instead of ten.
         options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
         if recipe.optimizer == "sgd":
             return torch.optim.SGD(net.parameters(), momentum=0.9, **options)

@@ -17,12 +17,26 @@ import numpy as np
 import psutil
 import pytest
 
+from advkip import data
+from tests.sections import SMALL_SETS
+
 LIBC = ctypes.CDLL(None)
 RESIDENT = 2.6e9
 """Bytes; imports alone take 1.0e9."""
 
 ROOT = Path(__file__).parents[1]
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def splits(digits):
+    """Of the digits, as tests of training sets have them."""
+    return data.split(digits, SMALL_SETS)
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ IMPORTS = {
         "settings",
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
-    "relabel": {"attacks", "config", "data", "files", "gram"},
+    "relabel": {"attacks", "config", "data", "distill", "files", "gram"},
     "sets": {
         "config",
         "data",

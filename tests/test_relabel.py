@@ -6,23 +6,9 @@ import torch
 
 from advkip import data, nets, recipe, relabel, search, sets, training
 from advkip.config import Experiment
-from tests.sections import changed, experiment
+from tests.sections import SMALL_SETS, changed, experiment
 
-SMALL = experiment(
-    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
-    adv_kip__n_steps=2, adv_kip__pgd_steps=2, kip=None, kernel__name="fc2",
-    networks__n_original=40, relabelling__copies=1,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def splits(digits):
-    return data.split(digits, SMALL)
+SMALL = changed(SMALL_SETS, kip=None, relabelling__copies=1)
 
 
 def test_labels_are_the_machines_answers(digits, splits, tmp_path):

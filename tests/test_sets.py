@@ -7,23 +7,8 @@ import pytest
 import torch
 
 from advkip import algorithm, data, distill, features, kernels, krr, nets, sets
-from tests.sections import changed, experiment
-
-SMALL = experiment(
-    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
-    adv_kip__n_steps=2, adv_kip__pgd_steps=2, kip__n_steps=2, kernel__name="fc2",
-    networks__n_original=40,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def splits(digits):
-    return data.split(digits, SMALL)
+from tests.sections import SMALL_SETS as SMALL
+from tests.sections import changed
 
 
 def test_sets_by_name(digits, splits, tmp_path):
