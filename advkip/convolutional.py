@@ -2,7 +2,8 @@
 
 One image x_i and m images s_j make a tile. Its arrays are (H, W m): the pixels of one row of all m
 pairs are one contiguous run, a shift by a pixel is a shift by m, and all arithmetic is elementwise.
-What depends on one image alone is computed once for it.
+What depends on one image alone is computed once for it. Accelerators, which want more to do at a
+time, get tiles of many images x_i at once.
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ class Convolutional(Kernel):
 
         def block(s):
             columns = self._columns(size, s)
-            return jax.lax.map(lambda a: _value_row(self, size, a, columns), x)
+            return size.over_images(lambda a: _value_row(self, size, a, columns), x)
 
         k = jax.lax.map(block, size.blocks(s))
         return k.swapaxes(0, 1).reshape(len(x), -1)[:, : len(s)]
@@ -122,17 +123,20 @@ class Convolutional(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class _Size:
-    """How columns are divided: blocks of rounds, a round has `chains` tiles of m images."""
+    """How columns are divided: blocks of rounds, a round has `chains` tiles of m images. `at_once`
+    images x_i share a round."""
 
     m: int
     chains: int
     rounds: int
+    at_once: int
 
     @classmethod
     def of(cls, kernel, x, s):
-        """On a CPU tiles that fit its caches, one for each core; elsewhere one large tile."""
+        """On a CPU tiles that fit its caches, one for each core; elsewhere as many pairs at once as
+        `devices.tile_floats` allows."""
         height, width, channels = x.shape[1:]
-        on_cpu = jax.local_devices()[0].platform == "cpu"
+        on_cpu = _on_cpu()
         large = len(x) * len(s) * height * width > CPU_SMALL
         chains = min(CPU_CHAINS, os.cpu_count() or 1) if on_cpu and large else 1
         floats = tile_floats() // (height * width)
@@ -141,7 +145,18 @@ class _Size:
         m = max(LANES, min(largest // LANES * LANES, most))
         in_block = max(1, floats // (2 * (channels + 2 * kernel.depth) * m * chains))
         rounds = -(-len(s) // (m * chains))
-        return cls(m, chains, even_size(rounds, in_block))
+        at_once = 1 if on_cpu else even_size(len(x), max(1, largest // m))
+        return cls(m, chains, even_size(rounds, in_block), at_once)
+
+    def over_images(self, function, *arrays):
+        """function of each row of the arrays, `at_once` rows at a time."""
+        if self.at_once == 1:
+            return jax.lax.map(lambda rows: function(*rows), arrays)
+        n = len(arrays[0])
+        filled = (jnp.concatenate([a, jnp.repeat(a[:1], -n % self.at_once, 0)]) for a in arrays)
+        groups = tuple(a.reshape(-1, self.at_once, *a.shape[1:]) for a in filled)
+        found = jax.lax.map(lambda rows: jax.vmap(function)(*rows), groups)
+        return found.reshape(-1, *found.shape[2:])[:n]
 
     def blocks(self, s):
         """(n, ...) to (blocks, images, ...), filled up with copies of s_0."""
@@ -196,8 +211,8 @@ def _pull_to_rows(kernel, x, s, w):
     def add(to_x, block):
         s, w = block
         columns = kernel._columns(size, s)
-        rows = jax.lax.map(lambda a: _pull_row(kernel, size, *a, columns), (x, w))
-        return to_x + rows, None
+        pull = lambda a, w: _pull_row(kernel, size, a, w, columns)  # noqa: E731
+        return to_x + size.over_images(pull, x, w), None
 
     return jax.lax.scan(add, jnp.zeros_like(x), (blocks, w))[0]
 
@@ -301,6 +316,10 @@ def _reverse(kernel, store, image, tile, weights):
     to_pixel = store.put("to_pixel", scale * store.box("box_g_sigma0"))
     for c, s in enumerate(channels):
         store.put(f"to_x{c}", store.arrays[f"to_x{c}"][:-1] + to_pixel * s)
+
+
+def _on_cpu():
+    return jax.local_devices()[0].platform == "cpu"
 
 
 def _lanes(x, axis=0):

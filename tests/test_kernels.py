@@ -253,6 +253,21 @@ def test_tiles_and_blocks_never_change_the_result(rng, monkeypatch, chains, floa
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize(("n", "floats"), [(7, 12 * 40 * 64), (5, 12 * 40 * 8)])
+def test_an_accelerator_has_many_images_at_once(rng, monkeypatch, n, floats):
+    x, s = (jnp.asarray(rng.normal(size=(k, 4, 3, 1))) for k in (n, 30))
+    w = jnp.asarray(rng.normal(size=(n, 30)))
+    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1), x, s)
+    monkeypatch.setattr(convolutional, "_on_cpu", lambda: False)
+    monkeypatch.setattr(convolutional, "tile_floats", lambda: floats)
+    kernel = convolutional.Convolutional(2, 1.0, 0.1)
+    assert convolutional._Size.of(kernel, x, s).at_once == {7: 2, 5: 1}[n]
+    k, pullback = kernel.value_and_pullback(x, s)
+    np.testing.assert_allclose(k, expected, rtol=1e-11)
+    for ours, theirs in zip(pullback(w), pull(w), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
 def test_black_patches_lose_no_digit(rng):
     """Where both images are black c = 1: p, q and sigma must be equal to the last bit."""
     x, s = (images(rng, n, "float32", (12, 12, 1)).at[:, 2:].set(0) for n in (3, 20))
