@@ -86,7 +86,12 @@ class Experiment(Section):
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)
         for notebook, sets in (asked | {"04_shortcomings": self.diagnosis.sets}).items():
             files = any(map(s.is_path, sets))  # one of which may be the teacher
-            needed = {"adv-kip" if name == "relabelled" and not files else name for name in sets}
+            needed = {
+                "adv-kip"
+                if name == "relabelled" and not (files or self.relabelling.teacher)
+                else name
+                for name in sets
+            }
             missing = needed & set(s.METHODS) - set(self.methods)
             if notebook in self.notebooks and missing:
                 raise ValueError(

@@ -56,10 +56,12 @@ def check(experiment: Experiment) -> None:
 
 
 def _paths(experiment):
-    """The paths among the sets of an experiment's notebooks."""
+    """The paths among the sets of an experiment's notebooks, and of a teacher of theirs."""
     asked = dict.fromkeys(("02_transfer", "03_cnns"), experiment.networks.sets)
     asked["04_shortcomings"] = experiment.diagnosis.sets
-    names = (name for one in experiment.notebooks for name in asked.get(one, ()))
+    names = [name for one in experiment.notebooks for name in asked.get(one, ())]
+    if "relabelled" in names and experiment.relabelling.teacher:
+        names.append(experiment.relabelling.teacher)
     return [name for name in dict.fromkeys(names) if is_path(name)]
 
 

@@ -9,9 +9,11 @@ data: Algorithm 1 attacks the kernel machine and nothing else, and training on t
 With adversarially trained networks as teachers, ARD (Goldblum et al. 2020) and RRM (USENIX Security
 2022) found that robustness is passed on so.
 
-Where the attack's ball is large, images alone do not say what the machine is inside it. Copies say
-more: each pixel is changed by as much as the attack may change it, up or down at random, and the
-machine answers to them, too. The control has the same images and copies, with classes as labels.
+Images alone do not say what the machine is between and around them. Copies say more, as the machine
+answers to them, too. Where the attack's ball is large, those with noise: each pixel is changed by
+as much as the attack may change it, up or down at random. Where it is small, mixtures of two images
+(Zhang et al. 2018, mixup), which need no class of their own here. The control has the same images
+and copies, with classes as labels, those of two images mixed as they are.
 """
 
 import json
@@ -27,11 +29,14 @@ RELABELLED, NOISY = "relabelled", "noisy"
 
 
 def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
-    """A set, and after it copies of it with noise on the images and the same labels.
+    """A set, and after it copies of it: with noise on the images and the same labels, or mixtures.
 
-    Each pixel of a copy is changed by `relabelling.noise`, up or down at random, and clipped to
-    [0, 1]; of 8-bit images the copies are 8-bit images, too. As far as the threat allows is epsilon
-    in each pixel (l_inf), or a change of length epsilon (l2).
+    With `relabelling.kind` 'noise' each pixel of a copy is changed by `relabelling.noise`, up or
+    down at random, and clipped to [0, 1]. As far as the threat allows is epsilon in each pixel
+    (l_inf), or a change of length epsilon (l2). With 'mixup' an image of a copy is u times one and
+    1 - u times another image, u uniform in [0, 1], and so is its label. With `relabelling.mirror`
+    half of the images of each copy are mirrored before that. Of 8-bit images the copies are 8-bit
+    images, too.
 
     Args:
       original: images (N, H, W, C) in [0, 1] and label vectors (N, C).
@@ -40,17 +45,34 @@ def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
     Returns:
       `relabelling.copies` times as many images.
     """
-    x, noise, threat = original.x, experiment.relabelling.noise, experiment.threat
-    if noise is None:
-        dimensions = 1 if threat.norm == "linf" else x[0].size
-        noise = threat.epsilon / np.sqrt(dimensions)
-    every, eight_bit = [x], _rounds(x)
-    for copy in range(1, experiment.relabelling.copies):
+    settings, eight_bit = experiment.relabelling, _rounds(original.x)
+    x, y = [original.x], [original.y]
+    for copy in range(1, settings.copies):
         generator = data.generator(experiment.seed, "relabelled", copy)
-        signs = 2 * generator.integers(0, 2, x.shape, dtype="int8") - 1
-        more = np.clip(x + np.float32(noise) * signs, 0, 1)
-        every.append(_rounded(more) if eight_bit else more)
-    return TrainingSet(np.concatenate(every), np.tile(original.y, (len(every), 1)))
+        change = _with_noise if settings.kind == "noise" else _mixed
+        base = _mirrored(original.x, generator) if settings.mirror else original.x
+        more, labels = change(base, original.y, experiment, generator)
+        x.append(_rounded(more) if eight_bit else more)
+        y.append(labels)
+    return TrainingSet(np.concatenate(x), np.concatenate(y))
+
+
+def _mirrored(x, generator):
+    return np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
+
+
+def _with_noise(x, y, experiment, generator):
+    noise, threat = experiment.relabelling.noise, experiment.threat
+    if noise is None:
+        noise = threat.epsilon / np.sqrt(1 if threat.norm == "linf" else x[0].size)
+    signs = 2 * generator.integers(0, 2, x.shape, dtype="int8") - 1
+    return np.clip(x + np.float32(noise) * signs, 0, 1), y
+
+
+def _mixed(x, y, experiment, generator):
+    share, other = generator.random(len(x), "float32"), generator.permutation(len(x))
+    mix = lambda a, u: u * a + (1 - u) * a[other]  # noqa: E731
+    return mix(x, share[:, None, None, None]), mix(y, share[:, None])
 
 
 def _rounded(x):

@@ -2,8 +2,8 @@
 
 original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
-noisy             'original' and noisy copies of it (`relabel`)
-relabelled        the same images, labelled by the kernel machine of 'adv-kip' (a path may hold it)
+noisy             'original' and copies of it, with noise or mixed (`relabel`)
+relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip'
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
                   the published robust features (`features.load`)
@@ -56,7 +56,12 @@ def load(
         elif name == NOISY:
             chosen = noisy(experiment, splits)
         elif name == RELABELLED:
-            its = found.get("adv-kip") or _distilled("adv-kip", experiment, splits, dataset, folder)
+            if path := experiment.relabelling.teacher:
+                its = from_path(path, n_classes=splits.n_classes, **_center(experiment))[1]
+                data.check_fits(path, *its[:2], splits.x_test.shape[1:], splits.n_classes)
+            else:
+                its = found.get("adv-kip")
+            its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
             chosen = relabelled(its, experiment, splits)
             made = (its.kernel or experiment.kernel).to_dict()
             relabel.save(

@@ -247,9 +247,15 @@ class Relabelling(Section):
 
     copies: Count = 4
     """of each original image, the first as it is"""
+    kind: Literal["noise", "mixup"] = "noise"
+    """of the other copies: pixels with noise, or mixtures of two images"""
     noise: Annotated[NotNegative, Field(le=1)] | None = None
-    """what each pixel of the others differs by, up or down at random, in pixel units; null: as far
-    as the threat allows"""
+    """what each pixel differs by, up or down at random, in pixel units; null: as far as the threat
+    allows"""
+    mirror: bool = False
+    """mirrors half of the images of each copy but the first"""
+    teacher: str | None = None
+    """a distilled set, an .npz, whose machine answers; null: the experiment's"""
 
 
 class RobustFeatures(Section):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, nets, recipe, relabel, search, sets, training
+from advkip import data, nets, preflight, recipe, relabel, search, sets, training
 from advkip.config import Experiment
 from tests.sections import SMALL_SETS, changed, experiment
 
@@ -34,6 +34,10 @@ def test_the_teacher_may_be_in_a_file(digits, splits, tmp_path):
     answers = np.asarray(sets.machine(theirs, own)(made.x))
     np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
     assert made.teacher == "fc1"
+    named = changed(SMALL, relabelling__teacher=str(tmp_path / "other" / "adv-kip.npz"))
+    again = sets.load(["relabelled", "adv-kip"], named, splits, digits, tmp_path)["relabelled"]
+    np.testing.assert_array_equal(again.y, made.y)
+    assert again.teacher == "fc1"
     assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "fc1"
 
 
@@ -80,6 +84,9 @@ def test_a_relabelled_set_needs_a_teacher():
     with pytest.raises(ValueError, match=r"expected settings of \['adv-kip'\]"):
         Experiment.from_params(settings | {"adv_kip": None})
     Experiment.from_params(settings)
+    Experiment.from_params(settings | {"adv_kip": None, "relabelling": {"teacher": "x.npz"}})
+    with pytest.raises(ValueError, match=r"got 'x.npz', which is not there"):
+        preflight.check(Experiment.from_params(settings | {"relabelling": {"teacher": "x.npz"}}))
 
 
 @pytest.mark.parametrize("levels", [16, 255])
@@ -106,6 +113,31 @@ def test_copies_differ_by_as_much_as_is_asked(levels, digits, splits, tmp_path):
     np.testing.assert_allclose(
         found["relabelled"].y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_copies_may_be_mixtures_of_two_images(mirror):
+    e = changed(SMALL, relabelling__copies=4, relabelling__kind="mixup")
+    e = changed(e, relabelling__mirror=mirror)
+    x = np.zeros((50, 8, 8, 1), "float32")
+    x[np.arange(50), np.arange(50) % 8, np.arange(50) // 8] = 1  # one pixel each, never mirrored
+    y = np.eye(50, dtype="float32")
+    made = relabel.noisy(data.TrainingSet(x, y), e)
+    np.testing.assert_array_equal(made.x[:50], x)
+    np.testing.assert_allclose(made.y.sum(1), 1, rtol=1e-6)
+    assert ((made.y > 0).sum(1) <= 2).all()
+    shares = made.y.max(1)[50:]
+    assert shares.min() < 0.6 < 0.9 < shares.max()
+    as_they_are = made.y @ x.reshape(50, -1)
+    flipped = made.y @ x[:, :, ::-1].reshape(50, -1)
+    pixels = made.x.reshape(200, -1)
+    same = np.abs(pixels - as_they_are).max(1) < 1 / 255
+    assert same[:50].all()
+    assert same.all() == (not mirror)
+    assert (pixels <= as_they_are + flipped + 1 / 255).all()  # each is in its place or mirrored
+    copies = pixels.reshape(4, 50, -1)
+    assert not np.array_equal(copies[1], copies[2])
+    np.testing.assert_array_equal(relabel.noisy(data.TrainingSet(x, y), e).x, made.x)
 
 
 @pytest.mark.parametrize(("norm", "epsilon", "each"), [("linf", 0.25, 0.25), ("l2", 2.0, 0.25)])
