@@ -210,14 +210,17 @@ def _figure(folder, found, number, title, file):
 
 
 def _embedded(path):
-    """A figure as a data: address, in few colours and no wider than WIDTH."""
+    """A figure as a data: address, no wider than WIDTH: PNG of few colours, or WebP if smaller."""
     image = Image.open(path).convert("RGB")
     if image.width > WIDTH:
         size = WIDTH, round(image.height * WIDTH / image.width)
         image = image.resize(size, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.quantize(48).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    lines, photographs = io.BytesIO(), io.BytesIO()
+    image.quantize(48).save(lines, "PNG", optimize=True)
+    image.save(photographs, "WEBP", quality=75, method=6)
+    forms = {"png": lines.getvalue(), "webp": photographs.getvalue()}
+    kind = min(forms, key=lambda kind: len(forms[kind]))
+    return f"data:image/{kind};base64," + base64.b64encode(forms[kind]).decode()
 
 
 def evidence(name: str, record: dict) -> dict:

@@ -345,7 +345,20 @@ def test_the_summary_takes_the_line_with_most_test_images(tmp_path):
         outcomes = [outcome("clean", 0.9, n_test), outcome("autoattack", accuracy, n_test)]
         recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
         found.append(recorder.write())
-    assert "|  |  |  |  | 20 | 90.0 | 20.0 |  |" in tables.summary(found)
+    assert "|  |  |  |  | 40 | 90.0 | 10.0 |  |" in tables.summary(found)
+    assert "|  |  |  |  | 20 | 90.0 | 20.0 |  |" in tables.summary(found[:2])
+
+
+def test_of_lines_with_as_many_test_images_the_usual_size_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "USUAL_IMAGES", 33)
+    found = []
+    for n_support in (20, 30, 40):
+        e = experiment(dataset__name="mnist", support__n_support=n_support)
+        recorder = records.Recorder(e, tmp_path / str(n_support), "04_shortcomings")
+        outcomes = [outcome("clean", 0.9), outcome("autoattack", n_support / 100)]
+        recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
+        found.append(recorder.write())
+    assert "|  |  |  |  | 30 | 90.0 | 30.0 |  |" in tables.summary(found)
 
 
 def test_lines_name_the_variant(tmp_path):
