@@ -42,14 +42,13 @@ lab: install  ## JupyterLab on the project, at the walkthrough; make lab ARGS=--
 
 # Programs that one test compiles serve the others, and the notebooks.
 test: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/build/jax-cache
-test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.3
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the documentation
 	rm -rf reports/scratch build/jax-cache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 tests notebooks
 	$(BIN)/python -m advkip.docs
 
 coverage: install  ## which lines of the package no test runs

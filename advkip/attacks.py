@@ -197,6 +197,8 @@ def in_batches(function, *arrays, batch_size) -> jax.Array:
     if not n:  # nothing but the shapes of what there would be
         one = function(*(jnp.zeros((1, *a.shape[1:]), a.dtype) for a in arrays))
         return jax.tree.map(lambda part: part[:0], one)
+    if n <= batch_size:
+        return function(*arrays)
     size = -(-n // -(-n // batch_size))
     starts = [min(i, n - size) for i in range(0, n, size)]
     parts = [function(*(a[i : i + size] for a in arrays)) for i in starts]

@@ -92,11 +92,15 @@ def _rows_of(net, function, x, *rest):
     dtype = net.machine.alpha.dtype
     # PyTorch may call backward passes in threads of its own, where JAX has its default precision.
     with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
-        arrays = [_to_jax(a, dtype) for a in (x.movedim(1, 3), *rest)]
         n, most = len(x), net.batch_size
         size = min(most, 1 << max(n - 1, 0).bit_length())
-        arrays = [jnp.pad(a, [(0, -n % size)] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        arrays = [_to_jax(_filled(a, -n % size), dtype) for a in (x.movedim(1, 3), *rest)]
         return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
+
+
+def _filled(tensor, more):
+    """With so many rows of zeros at the end."""
+    return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, more])
 
 
 def _shares(tensor_device):

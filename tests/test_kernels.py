@@ -87,12 +87,13 @@ def test_pullback_equals_autodiff_through_neural_tangents(rng, name):
     x, s, w = images(rng, 5), images(rng, 7), jnp.asarray(rng.normal(size=(5, 7)))
     kernel = kernels.by_name(name)
     kernel_fn = stax_conv(int(name[4:])) if name[:4] == "conv" else stax_fc(int(name[2:]))
-    expected = jax.vjp(lambda x, s: kernel_fn(x, s, "ntk"), x, s)[1](w)
+    theirs, pull = jax.vjp(jax.jit(lambda x, s: kernel_fn(x, s, "ntk")), x, s)
+    expected = pull(w)
     k, pullback = kernel.value_and_pullback(x, s)
-    np.testing.assert_allclose(k, kernel_fn(x, s, "ntk"), rtol=1e-10)
+    np.testing.assert_allclose(k, theirs, rtol=1e-10)
     np.testing.assert_allclose(kernel(x, s), k, rtol=1e-12)
-    for ours, theirs in zip(pullback(w), expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+    for ours, other in zip(pullback(w), expected, strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("tfloat32", 10), ("bfloat16", 7)])
@@ -166,11 +167,11 @@ def test_convolutional_on_colour_images_of_both_signs(rng, W_std, b_std):
     """Not square, three channels, more pairs than one tile has; the pixels include zeros."""
     x, s = (jnp.asarray(rng.normal(size=(n, 5, 6, 3))).at[0, :3].set(0) for n in (3, 130))
     kernel, theirs = kernels.by_name("conv2", W_std=W_std, b_std=b_std), stax_conv(2, W_std, b_std)
-    np.testing.assert_allclose(kernel(x, s), theirs(x, s, "ntk"), rtol=1e-9, atol=1e-12)
+    values, pull = jax.vjp(jax.jit(lambda x, s: theirs(x, s, "ntk")), x, s)
+    np.testing.assert_allclose(kernel(x, s), values, rtol=1e-9, atol=1e-12)
     w = jnp.asarray(rng.normal(size=(3, 130)))
     # Without biases the empty 3x3 patches make neural_tangents' derivative NaN, ours is zero.
-    expected = jax.vjp(lambda x, s: theirs(x, s, "ntk"), x, s)[1](w)
-    for ours, other in zip(kernel.value_and_pullback(x, s)[1](w), expected, strict=True):
+    for ours, other in zip(kernel.value_and_pullback(x, s)[1](w), pull(w), strict=True):
         assert jnp.isfinite(ours).all()
         known = jnp.isfinite(other)
         np.testing.assert_allclose(ours[known], other[known], rtol=1e-6, atol=1e-9)
@@ -190,7 +191,7 @@ def test_convolutional_float32_is_as_good_as_neural_tangents(rng):
         return k, pull(w.astype(dtype))[0]
 
     theirs = stax_conv(3)
-    exact = values(lambda x, s: theirs(x, s, "ntk"), "float64")
+    exact = values(jax.jit(lambda x, s: theirs(x, s, "ntk")), "float64")
     with jax.enable_x64(False):
         x, s, w = (jnp.asarray(np.asarray(a), "float32") for a in (x, s, w))
         ours = values(kernels.by_name("conv3"), "float32")
@@ -228,7 +229,8 @@ def plain_convolutional(x, s, depth, W_std, b_std):
 def test_the_reverse_pass_equals_autodiff(rng, depth, n, m, shape):
     x, s = (jnp.asarray(rng.normal(size=(k, *shape))) for k in (n, m))
     w, variances = jnp.asarray(rng.normal(size=(n, m))), (1.3, 0.2)
-    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, depth, *variances), x, s)
+    plain = jax.jit(lambda x, s: plain_convolutional(x, s, depth, *variances))
+    expected, pull = jax.vjp(plain, x, s)
     kernel = convolutional.Convolutional(depth, *variances)
     k, pullback = jax.jit(lambda x, s: kernel.value_and_pullback(x, s))(x, s)
     np.testing.assert_allclose(k, expected, rtol=1e-11)
@@ -240,7 +242,8 @@ def test_the_reverse_pass_equals_autodiff(rng, depth, n, m, shape):
 def test_tiles_and_blocks_never_change_the_result(rng, monkeypatch, chains, floats):
     x, s = (jnp.asarray(rng.normal(size=(n, 4, 3, 1))) for n in (2, 150))
     w = jnp.asarray(rng.normal(size=(2, 150)))
-    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1), x, s)
+    plain = jax.jit(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1))
+    expected, pull = jax.vjp(plain, x, s)
     monkeypatch.setattr(convolutional, "CPU_CHAINS", chains)
     monkeypatch.setattr(convolutional, "CPU_SMALL", 0)
     monkeypatch.setattr(convolutional.os, "cpu_count", lambda: 8)

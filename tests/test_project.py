@@ -24,6 +24,8 @@ from advkip import (
     evaluate,
     features,
     grid,
+    hard_label,
+    questions,
     search,
     sets,
     tables,
@@ -400,8 +402,10 @@ DIAGNOSED = diagnosed()
 
 
 @pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
-def test_params_file_runs_at_reduced_size(path, tmp_path, rng):
+def test_params_file_runs_at_reduced_size(path, tmp_path, rng, monkeypatch):
     """Every setting of the file, the real image size, few images of noise, two steps."""
+    monkeypatch.setattr(questions, "SWEEP_STEPS", 2)
+    monkeypatch.setattr(hard_label, "RAYS", 20)
     e = grid.experiments(path)[-1]
     shape = SHAPES.get(e.dataset.name, (8, 8))
     x = rng.integers(0, 256, (80, *shape)).astype("uint8")
