@@ -48,7 +48,7 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 tests notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks tests
 	$(BIN)/python -m advkip.docs
 
 coverage: install  ## which lines of the package no test runs

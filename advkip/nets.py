@@ -25,7 +25,8 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
       name: 'fc3-1024' (3 hidden ReLU layers of width 1024; any numbers), 'simple-cnn' (three 3x3
         convolutions of width 64, each with ReLU and 2x2 max-pooling, one linear layer), 'alexnet'
         or 'vgg11' (torchvision's layers with the first strides and the pooling made for small
-        images; vgg11 with batch normalisation); or what a kernel is at infinite width, see `lazy`:
+        images; vgg11 with batch normalisation); 'fc3-1024x4', an `Ensemble` of 4 (up to 9) of the
+        first; or what a kernel is at infinite width, see `lazy`:
         'fc3-1024-ntk', 'conv1-256-ntk' (1 convolution of 256 channels, ReLU, a linear layer), and
         with a scale of 0.1 (below 1, or an integer) 'fc3-1024-ntk0.1'.
       shape: (H, W, C) of an image.
@@ -43,7 +44,9 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
         torch.manual_seed(derived_seed(seed, "weights"))
         if match := re.fullmatch(FC_NET, name) or re.fullmatch(CONV_NET, name):
             sizes = shape, int(match[1]), int(match[2]), n_classes
-            if "-ntk" in name:
+            if name[-2] == "x":
+                net = Ensemble(_fully_connected(*sizes) for _ in range(int(name[-1])))
+            elif "-ntk" in name:
                 make = lazy.convolutional if name.startswith("conv") else lazy.fully_connected
                 net = make(*sizes, float(match[3] or 1))
             else:
@@ -66,6 +69,26 @@ def _fully_connected(shape, depth, width, n_classes):
         layers += [nn.Linear(before, width), nn.ReLU()]
         before = width
     return nn.Sequential(*layers, nn.Linear(before, n_classes))
+
+
+class Ensemble(nn.Module):
+    """Networks side by side as one, whose logits are the mean of theirs.
+
+    Training (`training.train`) trains each by itself. What differs between them by the chance of
+    their first weights is less in the mean.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x) -> torch.Tensor:
+        return torch.stack([net(x) for net in self.members]).mean(0)
+
+
+def members(net) -> list[nn.Module]:
+    """The networks of an `Ensemble`; of any other network itself."""
+    return list(net.members) if isinstance(net, Ensemble) else [net]
 
 
 def _simple_cnn(shape, n_classes):

@@ -42,8 +42,8 @@ def is_path(name: str) -> bool:
 
 
 _NTK = r"-ntk(0\.\d*[1-9]|[1-9]\d*)?"
-FC_NET = rf"fc([1-9]\d?)-([1-9]\d*)(?:{_NTK})?"
-"""Names of fully connected networks: hidden layers, width; the NTK's parametrisation, its scale."""
+FC_NET = rf"fc([1-9]\d?)-([1-9]\d*)(?:{_NTK}|x[2-9])?"
+"""Names of fully connected networks: hidden layers, width; NTK and scale, or how many in one."""
 
 CONV_NET = rf"conv([1-9])-([1-9]\d*){_NTK}"
 """Names of convolutional networks in the NTK's parametrisation: convolutions, channels, scale."""
@@ -250,8 +250,7 @@ class Relabelling(Section):
     kind: Literal["noise", "mixup"] = "noise"
     """of the other copies: pixels with noise, or mixtures of two images"""
     noise: Annotated[NotNegative, Field(le=1)] | None = None
-    """what each pixel differs by, up or down at random, in pixel units; null: as far as the threat
-    allows"""
+    """what each pixel differs by, up or down, in pixel units; null: as far as the threat allows"""
     mirror: bool = False
     """mirrors half of the images of each copy but the first"""
     teacher: str | None = None

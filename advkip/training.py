@@ -216,13 +216,13 @@ class _Run:
                     x = self.attacked(x, y, self.grown((i + 1) / len(batches)), noise)
                 self.net.train()
                 with torch.autocast(device().type, torch.bfloat16, enabled=rounded):
-                    logits = self.net(x)
-                logits = logits.float() if rounded else logits
-                loss = torch_attacks.LOSSES[recipe.loss](logits, y).mean()
+                    every = [net(x) for net in nets.members(self.net)]
+                every = [logits.float() if rounded else logits for logits in every]
+                loss = sum(torch_attacks.LOSSES[recipe.loss](one, y).mean() for one in every)
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                total = total + loss.detach() * len(index)
+                total = total + loss.detach() / len(every) * len(index)
         self.loss = float(total) / len(self.x)
         if not np.isfinite(self.loss):
             raise FloatingPointError(

@@ -41,6 +41,7 @@ def parameters(name, shape):
 
 def test_parameter_counts():
     assert parameters("fc3-1024", (28, 28, 1)) == 785 * 1024 + 2 * 1025 * 1024 + 1025 * 10
+    assert parameters("fc1-32x4", (8, 8, 1)) == 4 * parameters("fc1-32", (8, 8, 1))
     conv = (9 * 3 + 1) * 64 + 2 * (9 * 64 + 1) * 64
     assert parameters("simple-cnn", (32, 32, 3)) == conv + (64 * 4 * 4 + 1) * 10
     vgg = sum(

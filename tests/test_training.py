@@ -64,6 +64,25 @@ def test_overfits_a_tiny_set(digits, name, loss, target):
         torch.testing.assert_close(logits.softmax(1), expected, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 3e-3), ("sgd", 0.1)])
+def test_the_networks_of_an_ensemble_are_trained_each_by_itself(digits, optimizer, rate):
+    options = {"epochs": 3, "eval_every": 3, "optimizer": optimizer, "learning_rate": rate}
+    together = run(digits, name="fc1-16x3", **options)
+    drawn = nets.build("fc1-16x3", shape=(8, 8, 1), n_classes=10, seed=0)
+    x = nets.to_tensor(digits["watched"].x_test)
+    alone = []
+    for net, trained in zip(drawn.members, together.net.members, strict=True):
+        recipe = dataclasses.replace(RECIPE, **options)
+        result = training.train(
+            net, digits["x"], digits["y"], recipe=recipe, watched=digits["watched"], progress=False
+        )  # fmt: skip
+        alone.append(result.net(x))
+        torch.testing.assert_close(trained(x), alone[-1])
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    torch.testing.assert_close(together.net(x), sum(alone) / 3)
+    np.testing.assert_allclose(together.history[-1]["clean"], together.clean)
+
+
 def test_adversarial_training_beats_plain_training_under_pgd(digits):
     plain = run(digits, name="simple-cnn", epochs=16, eval_every=4)
     robust = run(digits, name="simple-cnn", epochs=16, eval_every=4, adversarial_steps=5)
