@@ -81,6 +81,11 @@ class Experiment(Section):
                 f"expected adv_kip.attack_precision 'full' with kernel.dtype 'float64', got "
                 f"{precision!r}; pass 'full', or dtype 'float32'"
             )
+        if self.relabelling.kind == "mixup" and self.relabelling.noise is not None:
+            raise ValueError(
+                "expected relabelling.noise null with relabelling.kind 'mixup', got "
+                f"{self.relabelling.noise}; pass kind 'noise'"
+            )
         if "01_kernels" in self.notebooks and not self.methods:
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)

@@ -47,7 +47,7 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
             "has none; pass an adv-kip.npz of a run"
         )
     settings = json.loads(settings)
-    _check_same(settings, experiment, method)
+    check_same("support.grown_from", settings, experiment, method)
     own = experiment.kernel
     x_small, y_small = (arrays[key].astype(own.dtype) for key in ("x_train", "y_train"))
     data.check_fits(f"support.grown_from: {path}", x_small, y_small, x.shape[1:], y.shape[1])
@@ -88,8 +88,14 @@ def _read(path):
     return data.read(found)
 
 
-def _check_same(settings, experiment, method):
-    """Raises ValueError for a set without its kernel, or of another split, seed or method."""
+def check_same(setting: str, settings: dict, experiment: Experiment, method: Method) -> None:
+    """Raises ValueError for a set without its kernel, or of another split, seed or method.
+
+    Args:
+      setting: of the experiment, that names the set's file.
+      settings: in that file.
+      experiment, method: that want to use it.
+    """
     own, other = experiment.to_dict(), []
     its = {key: settings.get(key) for key in ("kernel", "dataset")}
     its = {key: found if isinstance(found, dict) else {} for key, found in its.items()}
@@ -105,6 +111,6 @@ def _check_same(settings, experiment, method):
             other.append(f"{name} {mine!r}, got {settings.get(name)!r}")
     if other:
         raise ValueError(
-            f"support.grown_from: expected a set with {'; '.join(other)}; pass one of this data "
-            "set, validation images, seed and method, or change them here (kip: null)"
+            f"{setting}: expected a set with {'; '.join(other)}; pass one of this data set, "
+            "validation images, seed and method, or change them here (kip: null)"
         )

@@ -1,10 +1,11 @@
 """Infinite-width neural tangent kernels: values and exact input derivatives, tile by tile.
 
-Three kinds of `kernel.Kernel`:
+Four kinds of `kernel.Kernel`:
 
 - `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
   derivatives come out of one pass over the layer recursion.
 - `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `convolutional`).
+- `Mirrored`: one of these two, averaged over an image and its mirror image.
 - `Stax`: any `neural_tangents.stax` network, differentiated by JAX (see `tiled`).
 """
 
@@ -31,7 +32,10 @@ from advkip.tiled import (
     inverse,
 )
 
-__all__ = ["Convolutional", "FullyConnected", "Stax", "by_name", "set_precision", "stax_module"]
+__all__ = [
+    "Convolutional", "FullyConnected", "Mirrored", "Stax",
+    "by_name", "set_precision", "stax_module",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,37 +179,90 @@ def _flat(x):
     return as_floats(x).reshape(x.shape[0], -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mirrored(Kernel):
+    """(k(x, s) + k(x, s')) / 2 with s' the mirror image of s, which swaps left and right.
+
+    k must not change when both of its images are mirrored, as those of `FullyConnected` and
+    `Convolutional` do not. It is then the mean of k over both sides of both images, and its
+    machines answer to an image as to its mirror image. Regression with it is regression with k on a
+    support that holds each image and its mirror image, with the same label (Li et al. 2019,
+    Enhanced Convolutional Neural Tangent Kernels).
+
+    Args:
+      kernel: k.
+    """
+
+    kernel: Kernel
+
+    @property
+    def floats_per_pair(self) -> int:
+        """Working floats held for one pair of images while a tile is computed."""
+        return 2 * self.kernel.floats_per_pair
+
+    def value(self, x, s) -> jax.Array:
+        """K like `__call__`, without a derivative rule of its own."""
+        return (self.kernel.value(x, s) + self.kernel.value(x, _mirror(s))) / 2
+
+    def diagonal(self, x) -> jax.Array:
+        """k(x_i, x_i), shape (n,)."""
+
+        def across(pair):
+            return self.kernel(*(a[None] for a in pair))[0, 0]
+
+        x = as_floats(x)
+        across_all = jax.lax.map(across, (x, _mirror(x)), batch_size=min(len(x), 64))
+        return (self.kernel.diagonal(x) + across_all) / 2
+
+    def value_and_pullback(self, x, s) -> tuple[jax.Array, Callable]:
+        """K (n, m) and its pullback to x and s."""
+        k, pull = self.kernel.value_and_pullback(x, s)
+        k_mirrored, pull_mirrored = self.kernel.value_and_pullback(x, _mirror(s))
+        return (k + k_mirrored) / 2, Partial(_pull_mirrored, pull, pull_mirrored)
+
+
+def _pull_mirrored(pull, pull_mirrored, w):
+    (x, s), (x_mirrored, s_mirrored) = pull(w / 2), pull_mirrored(w / 2)
+    return x + x_mirrored, s + _mirror(s_mirrored)
+
+
+def _mirror(x):
+    return x[:, :, ::-1]
+
+
 def stax_module() -> Any:
     """Returns `neural_tangents.stax`, importable on the installed JAX (see `compat`)."""
     return compat.load().stax
 
 
-def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> FullyConnected | Convolutional:
+def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> Kernel:
     """The paper's kernels by name: 'fc1', 'fc2', ... and 'conv1', 'conv2', ...
 
     'convN' has N 3x3 convolutions with SAME padding and ReLU, flattened, no pooling.
 
     Args:
-      name: 'fc' or 'conv' followed by the number of hidden layers.
+      name: 'fc' or 'conv' followed by the number of hidden layers, and by '-mirror' if it shall be
+        `Mirrored`.
       W_std, b_std: standard deviations of weights and biases of every layer.
 
     Returns:
-      A `FullyConnected` or a `Convolutional` kernel.
+      A `FullyConnected` or a `Convolutional` kernel, or one of them `Mirrored`.
 
     Raises:
       ValueError: another name.
     """
-    match = re.fullmatch(r"(fc|conv)([1-9]\d?)", name)
+    match = re.fullmatch(r"(fc|conv)([1-9]\d?)(-mirror)?", name)
     if not match:
         raise ValueError(
             f"expected a kernel name such as 'fc3' or 'conv3', got {name!r}; "
             "for a network of your own pass Stax(stax.serial(...)[2])"
         )
     kind = FullyConnected if match[1] == "fc" else Convolutional
-    return kind(int(match[2]), W_std, b_std)
+    kernel = kind(int(match[2]), W_std, b_std)
+    return Mirrored(kernel) if match[3] else kernel
 
 
-def of(section: settings.Kernel) -> FullyConnected | Convolutional:
+def of(section: settings.Kernel) -> Kernel:
     """The kernel of an experiment's section."""
     return by_name(section.name, W_std=section.W_std, b_std=section.b_std)
 
@@ -218,6 +275,8 @@ def rounded(kernel, precision) -> Kernel:
     """
     if precision == "full":
         return kernel
+    if isinstance(kernel, Mirrored):
+        return Mirrored(rounded(kernel.kernel, precision))
     if not hasattr(kernel, "precision"):
         raise ValueError(
             f"expected a kernel with a precision, as 'fc3', for attack_precision {precision!r}, "

@@ -44,8 +44,8 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
         torch.manual_seed(derived_seed(seed, "weights"))
         if match := re.fullmatch(FC_NET, name) or re.fullmatch(CONV_NET, name):
             sizes = shape, int(match[1]), int(match[2]), n_classes
-            if name[-2] == "x":
-                net = Ensemble(_fully_connected(*sizes) for _ in range(int(name[-1])))
+            if several := re.search(r"x(\d)$", name):
+                net = Ensemble(_fully_connected(*sizes) for _ in range(int(several[1])))
             elif "-ntk" in name:
                 make = lazy.convolutional if name.startswith("conv") else lazy.fully_connected
                 net = make(*sizes, float(match[3] or 1))
@@ -74,8 +74,8 @@ def _fully_connected(shape, depth, width, n_classes):
 class Ensemble(nn.Module):
     """Networks side by side as one, whose logits are the mean of theirs.
 
-    Training (`training.train`) trains each by itself. What differs between them by the chance of
-    their first weights is less in the mean.
+    Plain training (`training.train`) trains each by itself. What differs between them by the chance
+    of their first weights is less in the mean.
     """
 
     def __init__(self, members):
@@ -222,8 +222,12 @@ def representation(net, x) -> torch.Tensor:
     """What goes into a network's last linear layer, shape (n, features), with its gradient.
 
     Raises:
-      ValueError: no linear layer, or one that is not used.
+      ValueError: no linear layer, or one that is not used; an `Ensemble`.
     """
+    if isinstance(net, Ensemble):
+        raise ValueError(
+            f"expected one network, got an ensemble of {len(net.members)}; pass one of its members"
+        )
     layers = [module for module in net.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError(
@@ -297,6 +301,25 @@ def _is_training(module):
 def deterministic() -> AbstractContextManager:
     """A context in which cuDNN gives the same numbers every time, and all digits of float32."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
+NOTHING = 1e-30
+"""Weights and moments below this are 0 for all that they do."""
+
+
+@torch.no_grad()
+def flush(optimizer) -> None:
+    """Sets weights and moments of an optimiser that are next to nothing to 0, on a CPU.
+
+    Weight decay, and moments of units that have died, shrink by a factor in each step until they
+    are denormal, with which a CPU takes many times as long. (`torch.set_flush_denormal` reaches one
+    thread only.)
+    """
+    for group in optimizer.param_groups:
+        for weights in group["params"]:
+            for part in (weights, *optimizer.state[weights].values()):
+                if torch.is_tensor(part) and part.device.type == "cpu":
+                    part.masked_fill_(part.abs() < NOTHING, 0)
 
 
 def derived_seed(seed, stream, step=0) -> int:

@@ -60,9 +60,10 @@ def _paths(experiment):
     asked = dict.fromkeys(("02_transfer", "03_cnns"), experiment.networks.sets)
     asked["04_shortcomings"] = experiment.diagnosis.sets
     names = [name for one in experiment.notebooks for name in asked.get(one, ())]
+    paths = [name for name in names if is_path(name)]
     if "relabelled" in names and experiment.relabelling.teacher:
-        names.append(experiment.relabelling.teacher)
-    return [name for name in dict.fromkeys(names) if is_path(name)]
+        paths.append(experiment.relabelling.teacher)
+    return list(dict.fromkeys(paths))
 
 
 def digests(experiment: Experiment) -> dict[str, str]:
@@ -74,6 +75,8 @@ def digests(experiment: Experiment) -> dict[str, str]:
     found = {name: files.find(name) for name in _paths(experiment)}
     if path := data.find(experiment.dataset.name, experiment.dataset.folder):
         found["dataset"] = path
+    if experiment.support.grown_from:
+        found["support"] = files.find(experiment.support.grown_from)
     return {key: files.digest(path) for key, path in found.items() if path.exists()}
 
 
@@ -83,5 +86,7 @@ def same_data(old: dict, new: dict, notebook: str) -> bool:
     What is in one alone does not count.
     """
     read = sections(notebook)
-    shared = old.keys() & new.keys() if "networks" in read else {"dataset"} & {*read}
-    return all(old.get(key) == new.get(key) for key in shared)
+    shared = old.keys() & new.keys()
+    if "networks" not in read:
+        shared &= {*read}
+    return all(old[key] == new[key] for key in shared)

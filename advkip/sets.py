@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from advkip import data, distill, features, files, kernels, krr, relabel
+from advkip import data, distill, features, files, growth, kernels, krr, relabel
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 from advkip.relabel import NOISY, RELABELLED
@@ -56,11 +56,7 @@ def load(
         elif name == NOISY:
             chosen = noisy(experiment, splits)
         elif name == RELABELLED:
-            if path := experiment.relabelling.teacher:
-                its = from_path(path, n_classes=splits.n_classes, **_center(experiment))[1]
-                data.check_fits(path, *its[:2], splits.x_test.shape[1:], splits.n_classes)
-            else:
-                its = found.get("adv-kip")
+            its = _teacher(experiment, splits) or found.get("adv-kip")
             its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
             chosen = relabelled(its, experiment, splits)
             made = (its.kernel or experiment.kernel).to_dict()
@@ -91,6 +87,22 @@ def relabelled(its: TrainingSet, experiment: Experiment, splits: data.Splits) ->
     rows = experiment.kernel.block_size or 0
     found = relabel.answers(teacher, chosen.x, batch_size=rows)
     return relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
+
+
+def _teacher(experiment, splits):
+    """The set that `relabelling.teacher` names; None without."""
+    if (path := experiment.relabelling.teacher) is None:
+        return None
+    _, settings = data.read(files.find(path))
+    if not settings:
+        raise ValueError(
+            f"relabelling.teacher: expected a distilled set with its settings, got {path}, which "
+            "has none; pass an adv-kip.npz of a run"
+        )
+    growth.check_same("relabelling.teacher", json.loads(settings), experiment, "adv-kip")
+    its = from_path(path)[1]
+    data.check_fits(path, *its[:2], splits.x_test.shape[1:], splits.n_classes)
+    return its
 
 
 def _distilled(method: Method, experiment, splits, dataset, folder):

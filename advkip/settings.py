@@ -72,8 +72,8 @@ class Data(Section):
 
 
 class Kernel(Section):
-    name: Annotated[str, Field(pattern=r"^(fc|conv)[1-9]\d?$")] = "fc3"
-    """fc1, fc2, ... or conv1, conv2, ...: a family and a number of hidden layers"""
+    name: Annotated[str, Field(pattern=r"^(fc|conv)[1-9]\d?(-mirror)?$")] = "fc3"
+    """fc1, ... or conv1, ...: a family and a number of hidden layers; fc1-mirror: see `Mirrored`"""
     W_std: Positive = 2**0.5
     """standard deviation of the weights"""
     b_std: NotNegative = 0.1

@@ -31,6 +31,10 @@ brings no robustness, robust accuracy alone would choose the weights that have l
 a constant prediction is right for a tenth of the images whatever an attack does."""
 
 
+FLUSH_EVERY = 25
+"""Batches from one `nets.flush` to the next."""
+
+
 class Trained(NamedTuple):
     """A trained network and how it came about."""
 
@@ -222,6 +226,8 @@ class _Run:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
+                if i % FLUSH_EVERY == 0:
+                    nets.flush(self.optimizer)
                 total = total + loss.detach() / len(every) * len(index)
         self.loss = float(total) / len(self.x)
         if not np.isfinite(self.loss):

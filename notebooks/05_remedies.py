@@ -252,10 +252,10 @@ if widths:
 
 # %% [markdown]
 # Ordinary networks take over more of a kernel machine when they are asked for its *answers*. The
-# set `relabelled` has original images, and if `relabelling.copies` says so noisy copies of them,
-# with what the machine answers in place of the classes (`advkip.relabel`). Put it among
-# `networks.sets` in notebooks 2 to 4; `noisy`, the same images with their classes, is its
-# yardstick.
+# set `relabelled` has original images, and if `relabelling.copies` says so copies of them with
+# noise or mixed in pairs, with what the machine answers in place of the classes
+# (`advkip.relabel`). Put it among `networks.sets` in notebooks 2 to 4; `noisy`, the same images
+# with their classes, is its yardstick.
 #
 # ## Other people's figures
 #

@@ -17,3 +17,8 @@ def convolutional(depth, W_std=2**0.5, b_std=0.1):
     conv = stax.Conv(1, (3, 3), padding="SAME", W_std=W_std, b_std=b_std)
     layers = [conv, stax.Relu()] * depth + [stax.Flatten()]
     return stax.serial(*layers, stax.Dense(1, W_std=W_std, b_std=b_std))[2]
+
+
+def mirrored(kernel_fn):
+    """kernel_fn(x, s, "ntk") of the mean of another over an image and its mirror image."""
+    return lambda x, s, get: (kernel_fn(x, s, get) + kernel_fn(x, s[:, :, ::-1], get)) / 2

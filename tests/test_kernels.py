@@ -96,6 +96,47 @@ def test_pullback_equals_autodiff_through_neural_tangents(rng, name):
         np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["fc2", "conv2"])
+def test_mirrored(rng, name):
+    x, s, w = images(rng, 4), images(rng, 6), jnp.asarray(rng.normal(size=(4, 6)))
+    plain, kernel = kernels.by_name(name), kernels.by_name(f"{name}-mirror")
+
+    def mean_over_sides(x, s):
+        sides = [(a, b) for a in (x, x[:, :, ::-1]) for b in (s, s[:, :, ::-1])]
+        return sum(plain(a, b) for a, b in sides) / 4
+
+    expected, pull = jax.vjp(mean_over_sides, x, s)
+    k, pullback = kernel.value_and_pullback(x, s)
+    np.testing.assert_allclose(k, expected, rtol=1e-12)
+    np.testing.assert_allclose(kernel(x[:, :, ::-1], s), k, rtol=1e-12)
+    for ours, other in zip(pullback(w), pull(w), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-9, atol=1e-12)
+    diagonal, pull_diagonal = jax.vjp(kernel.diagonal, x)
+    np.testing.assert_allclose(diagonal, jnp.diag(mean_over_sides(x, x)), rtol=1e-7)
+    h, direction, v = 1e-5, jnp.asarray(rng.normal(size=x.shape)), w[:, 0]
+    ends = [(kernel.diagonal(x + sign * h * direction) * v).sum() for sign in (1, -1)]
+    slope = (pull_diagonal(v)[0] * direction).sum()
+    np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-6)
+
+
+def test_mirrored_regression_is_that_on_the_images_and_their_mirror_images(rng):
+    s, x, y = images(rng, 12), images(rng, 5), jnp.asarray(rng.normal(size=(12, 3)))
+    machine = krr.fit(kernels.by_name("fc2-mirror"), s, y, diag_reg=0).machine
+    both = jnp.concatenate([s, s[:, :, ::-1]]), jnp.concatenate([y, y])
+    doubled = krr.fit(kernels.by_name("fc2"), *both, diag_reg=0).machine
+    np.testing.assert_allclose(machine(x), doubled(x), rtol=1e-6)
+    np.testing.assert_allclose(machine(x[:, :, ::-1]), machine(x), rtol=1e-9)
+
+
+def test_a_mirrored_kernel_in_another_precision():
+    short = kernels.rounded(kernels.by_name("fc2-mirror"), "bfloat16")
+    assert short.kernel.precision == "bfloat16"
+    with pytest.raises(ValueError, match="expected a kernel with a precision"):
+        kernels.rounded(kernels.by_name("conv2-mirror"), "bfloat16")
+    with pytest.raises(ValueError, match="expected a kernel name such as"):
+        kernels.by_name("fc2-mirrored")
+
+
 @pytest.mark.parametrize(("precision", "bits"), [("tfloat32", 10), ("bfloat16", 7)])
 def test_rounded_products_are_near_the_exact_ones(rng, precision, bits):
     """Each factor is half a unit in its last place off; sums of both signs make that larger."""

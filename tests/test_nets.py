@@ -93,6 +93,9 @@ def test_representation_is_what_the_last_layer_sees(rng, name):
 def test_representation_without_a_linear_layer():
     with pytest.raises(ValueError, match="expected a network with a linear layer"):
         nets.representation(torch.nn.Flatten(), torch.zeros(1, 1, 8, 8))
+    several = nets.build("fc1-8x2", shape=(8, 8, 1), n_classes=3, seed=0)
+    with pytest.raises(ValueError, match="expected one network, got an ensemble of 2"):
+        nets.representation(several, torch.zeros(1, 1, 8, 8))
     twice = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match="expected the last linear layer to be used once"):
         nets.representation(torch.nn.Sequential(twice, twice), torch.zeros(1, 4))

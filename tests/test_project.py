@@ -464,6 +464,24 @@ def grown_from(e, folder):
     return str(folder / "smaller.npz")
 
 
+def teacher(e, dataset, folder):
+    """A set in place of the file's teacher, which is of the same images."""
+    if (path := e.relabelling.teacher) is None:
+        return None
+    theirs, own = (
+        Experiment.from_file(ROOT / "params" / f"{name}.yaml")
+        for name in (Path(path).parent.name, e.name)
+    )
+    assert path == f"reports/{theirs.name}/adv-kip.npz"
+    assert (theirs.seed, theirs.dataset) == (own.seed, own.dataset)
+    theirs = theirs.replace(support={"n_support": 20, "n_target": 10}, dataset=e.dataset.to_dict())
+    x, y = distill.initial_support(theirs, data.split(dataset, theirs))
+    about = {"method": "adv-kip"}
+    made = distill.Distilled(x, y, x, y, step=0, history=[], stopped="n_steps", about=about)
+    distill.save(folder / "teacher.npz", made, theirs, dataset)
+    return str(folder / "teacher.npz")
+
+
 def check_networks(e, splits, folder):
     """An epoch of each network, plain and adversarial, and the attacks of the file but AutoAttack,
     whose name alone is checked: it takes minutes on a large network."""
@@ -471,6 +489,7 @@ def check_networks(e, splits, folder):
     for name in filter(is_path, (*e.networks.sets, *e.diagnosis.sets)):
         assert name.startswith("reports/") or name in PUBLISHED
     asked = [name for name in e.networks.sets if not is_path(name)]
+    e = e.replace(relabelling={"teacher": teacher(e, dataset, folder)})
     chosen = sets.load({"original": 0} | dict.fromkeys(asked), e, splits, dataset, folder)
     once = {"epochs": 1, "eval_every": 1}
     at = e.adversarial_training and {"adversarial_training": once | {"pgd_steps": 1}}

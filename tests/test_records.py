@@ -94,6 +94,10 @@ def test_rows_of_other_data_go(tmp_path, monkeypatch):
     assert found("03_cnns")[0] == {"01_kernels", "03_cnns"}
     of_data(dataset="2", **{"a.npz": "b"})
     assert found("01_kernels") == ({"01_kernels"}, {"dataset": "2", "a.npz": "b"})
+    of_data(dataset="2", support="s")
+    assert found("02_transfer")[0] == {"01_kernels", "02_transfer"}
+    of_data(dataset="2", support="t")  # it grew from another set
+    assert found("02_transfer")[0] == {"02_transfer"}
 
 
 def test_table_sets_the_paper_beside_ours(tmp_path):

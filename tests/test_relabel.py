@@ -85,8 +85,27 @@ def test_a_relabelled_set_needs_a_teacher():
         Experiment.from_params(settings | {"adv_kip": None})
     Experiment.from_params(settings)
     Experiment.from_params(settings | {"adv_kip": None, "relabelling": {"teacher": "x.npz"}})
-    with pytest.raises(ValueError, match=r"got 'x.npz', which is not there"):
-        preflight.check(Experiment.from_params(settings | {"relabelling": {"teacher": "x.npz"}}))
+    with pytest.raises(ValueError, match="expected relabelling.noise null with relabelling.kind"):
+        Experiment.from_params({"relabelling": {"kind": "mixup", "noise": 0.1}})
+    for name in ("x.npz", "adv-kip"):  # which is no name here
+        e = Experiment.from_params(settings | {"relabelling": {"teacher": name}})
+        with pytest.raises(ValueError, match=f"got '{name}', which is not there"):
+            preflight.check(e)
+
+
+def test_a_teacher_is_a_distilled_set_of_the_same_split(digits, splits, tmp_path):
+    path = tmp_path / "digits.npz"
+    np.savez(path, **digits._asdict())
+    e = changed(SMALL, relabelling__teacher=str(path))
+    with pytest.raises(ValueError, match="relabelling.teacher: expected a distilled set with its"):
+        sets.load(["relabelled"], e, splits, digits, tmp_path)
+    sets.load(["adv-kip"], SMALL, splits, digits, tmp_path)
+    other = changed(SMALL, seed=7, relabelling__teacher=str(tmp_path / "adv-kip.npz"))
+    with pytest.raises(ValueError, match="relabelling.teacher: expected a set with seed 7, got 0"):
+        sets.load(["relabelled"], other, data.split(digits, other), digits, tmp_path / "other")
+    named = changed(SMALL, notebooks=["02_transfer"], networks__sets=["relabelled"])
+    named = changed(named, relabelling__teacher=str(tmp_path / "adv-kip.npz"))
+    assert str(tmp_path / "adv-kip.npz") in preflight.digests(named)
 
 
 @pytest.mark.parametrize("levels", [16, 255])
@@ -115,12 +134,29 @@ def test_copies_differ_by_as_much_as_is_asked(levels, digits, splits, tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["noise", "mixup"])
+def test_half_of_a_copy_may_be_mirrored(kind, monkeypatch):
+    e = changed(SMALL, relabelling__copies=3, relabelling__kind=kind, relabelling__mirror=True)
+    monkeypatch.setattr(
+        relabel, "_mixed" if kind == "mixup" else "_with_noise", lambda x, y, *_: (x, y)
+    )
+    x = np.random.default_rng(0).integers(0, 256, (400, 4, 4, 1)).astype("float32") / 255
+    made = relabel.noisy(data.TrainingSet(x, np.eye(10, dtype="float32")[np.arange(400) % 10]), e)
+    same, flipped = (
+        (made.x.reshape(3, *x.shape) == sides).all((2, 3, 4)) for sides in (x, x[:, :, ::-1])
+    )
+    assert same[0].all()
+    assert (same ^ flipped)[1:].all()
+    assert (abs(flipped[1:].mean(1) - 0.5) < 0.1).all()
+    assert not np.array_equal(flipped[1], flipped[2])
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_copies_may_be_mixtures_of_two_images(mirror):
     e = changed(SMALL, relabelling__copies=4, relabelling__kind="mixup")
     e = changed(e, relabelling__mirror=mirror)
     x = np.zeros((50, 8, 8, 1), "float32")
-    x[np.arange(50), np.arange(50) % 8, np.arange(50) // 8] = 1  # one pixel each, never mirrored
+    x[np.arange(50), np.arange(50) % 8, np.arange(50) // 8] = 1  # one pixel each
     y = np.eye(50, dtype="float32")
     made = relabel.noisy(data.TrainingSet(x, y), e)
     np.testing.assert_array_equal(made.x[:50], x)

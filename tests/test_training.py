@@ -64,6 +64,29 @@ def test_overfits_a_tiny_set(digits, name, loss, target):
         torch.testing.assert_close(logits.softmax(1), expected, atol=0.05, rtol=0)
 
 
+def test_numbers_that_slow_a_cpu_down_become_0(digits):
+    net = nets.build("fc1-4", shape=(2, 2, 1), n_classes=3, seed=0)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 1, 2, 2)).sum().backward()
+    optimizer.step()
+    values = torch.tensor([1e-20, 1e-31, -1e-39, -2.0])
+    for part in (net[1].bias, optimizer.state[net[1].bias]["exp_avg"]):
+        with torch.no_grad():
+            part.copy_(values)
+    nets.flush(optimizer)
+    for part in (net[1].bias, optimizer.state[net[1].bias]["exp_avg"]):
+        torch.testing.assert_close(part.detach(), torch.tensor([1e-20, 0, 0, -2.0]), rtol=0, atol=0)
+
+    net = nets.build("fc1-64", shape=(8, 8, 1), n_classes=10, seed=0)
+    with torch.no_grad():
+        net[1].weight.fill_(1e-39)
+    recipe = dataclasses.replace(RECIPE, optimizer="sgd", learning_rate=1e-12, epochs=1)
+    trained = training.train(net, **digits, recipe=recipe, progress=False).net
+    size = trained[1].weight.detach().abs()
+    assert size.max() > 0
+    assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
+
+
 @pytest.mark.parametrize(("optimizer", "rate"), [("adam", 3e-3), ("sgd", 0.1)])
 def test_the_networks_of_an_ensemble_are_trained_each_by_itself(digits, optimizer, rate):
     options = {"epochs": 3, "eval_every": 3, "optimizer": optimizer, "learning_rate": rate}
