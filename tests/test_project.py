@@ -125,6 +125,7 @@ IMPORTS = {
         "distill",
         "features",
         "files",
+        "growth",
         "kernels",
         "krr",
         "relabel",
