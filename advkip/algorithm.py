@@ -157,7 +157,7 @@ class Run:
         )
         x, y = self.splits.x_pool[index], self.splits.y_pool[index]
         if self.experiment.support.mirror:
-            x = np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
+            x = half_mirrored(x, generator)
         return jnp.asarray(x), y
 
     def validate(self, state, machine, loss):
@@ -212,3 +212,8 @@ class Run:
         return state._replace(
             step=state.step + 1, support=tuple(new), optimizer_states=tuple(states)
         )
+
+
+def half_mirrored(x, generator) -> np.ndarray:
+    """Images (n, H, W, C), each of them mirrored or not, at random."""
+    return np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])

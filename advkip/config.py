@@ -90,13 +90,10 @@ class Experiment(Section):
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)
         for notebook, sets in (asked | {"04_shortcomings": self.diagnosis.sets}).items():
-            files = any(map(s.is_path, sets))  # one of which may be the teacher
-            needed = {
-                "adv-kip"
-                if name == "relabelled" and not (files or self.relabelling.teacher)
-                else name
-                for name in sets
-            }
+            teacher = self.relabelling.teacher or any(
+                map(s.is_path, sets)
+            )  # one may be the teacher
+            needed = {"adv-kip" if name == "relabelled" and not teacher else name for name in sets}
             missing = needed & set(s.METHODS) - set(self.methods)
             if notebook in self.notebooks and missing:
                 raise ValueError(

@@ -40,14 +40,7 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
       ValueError: another file, other images or classes, another split or method, or more images;
         FloatingPointError: as `krr.fit`.
     """
-    arrays, settings = _read(path)
-    if not settings:
-        raise ValueError(
-            f"support.grown_from: expected a distilled set with its settings, got {path}, which "
-            "has none; pass an adv-kip.npz of a run"
-        )
-    settings = json.loads(settings)
-    check_same("support.grown_from", settings, experiment, method)
+    arrays, settings = read_same("support.grown_from", path, experiment, method)
     own = experiment.kernel
     x_small, y_small = (arrays[key].astype(own.dtype) for key in ("x_train", "y_train"))
     data.check_fits(f"support.grown_from: {path}", x_small, y_small, x.shape[1:], y.shape[1])
@@ -77,25 +70,43 @@ def fingerprint(path) -> str:
     Raises:
       ValueError: no such file, or not a set.
     """
-    arrays, _ = _read(path)
+    arrays, _ = _read("support.grown_from", path)
     return files.digest_of_arrays(*(arrays[key] for key in ("x_train", "y_train")))
 
 
-def _read(path):
+def read_same(
+    setting: str, path, experiment: Experiment, method: Method
+) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, settings) of a distilled set of an experiment's own split, seed and method.
+
+    Args:
+      setting: that names the file, for messages.
+      path: of the file.
+      experiment, method: that want to use it.
+
+    Raises:
+      ValueError: no such file, no distilled set, one without its kernel or of another split.
+    """
+    arrays, settings = _read(setting, path)
+    if not settings:
+        raise ValueError(
+            f"{setting}: expected a distilled set with its settings, got {path}, which has none; "
+            "pass an adv-kip.npz of a run"
+        )
+    found = json.loads(settings)
+    _check_same(setting, found, experiment, method)
+    return arrays, found
+
+
+def _read(setting, path):
     found = files.find(path)
     if not found.exists():
-        raise ValueError(f"support.grown_from: expected a distilled set, got no file {path}")
+        raise ValueError(f"{setting}: expected a distilled set, got no file {path}")
     return data.read(found)
 
 
-def check_same(setting: str, settings: dict, experiment: Experiment, method: Method) -> None:
-    """Raises ValueError for a set without its kernel, or of another split, seed or method.
-
-    Args:
-      setting: of the experiment, that names the set's file.
-      settings: in that file.
-      experiment, method: that want to use it.
-    """
+def _check_same(setting, settings, experiment, method):
+    """Raises ValueError for a set without its kernel, or of another split, seed or method."""
     own, other = experiment.to_dict(), []
     its = {key: settings.get(key) for key in ("kernel", "dataset")}
     its = {key: found if isinstance(found, dict) else {} for key, found in its.items()}

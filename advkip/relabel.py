@@ -21,7 +21,7 @@ import json
 import numpy as np
 
 import advkip
-from advkip import attacks, data, distill, files, gram
+from advkip import algorithm, attacks, data, distill, files, gram
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 
@@ -50,15 +50,13 @@ def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
     for copy in range(1, settings.copies):
         generator = data.generator(experiment.seed, "relabelled", copy)
         change = _with_noise if settings.kind == "noise" else _mixed
-        base = _mirrored(original.x, generator) if settings.mirror else original.x
+        base = original.x
+        if settings.mirror:
+            base = algorithm.half_mirrored(base, generator)
         more, labels = change(base, original.y, experiment, generator)
         x.append(_rounded(more) if eight_bit else more)
         y.append(labels)
     return TrainingSet(np.concatenate(x), np.concatenate(y))
-
-
-def _mirrored(x, generator):
-    return np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
 
 
 def _with_noise(x, y, experiment, generator):

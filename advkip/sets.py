@@ -93,16 +93,10 @@ def _teacher(experiment, splits):
     """The set that `relabelling.teacher` names; None without."""
     if (path := experiment.relabelling.teacher) is None:
         return None
-    _, settings = data.read(files.find(path))
-    if not settings:
-        raise ValueError(
-            f"relabelling.teacher: expected a distilled set with its settings, got {path}, which "
-            "has none; pass an adv-kip.npz of a run"
-        )
-    growth.check_same("relabelling.teacher", json.loads(settings), experiment, "adv-kip")
-    its = from_path(path)[1]
-    data.check_fits(path, *its[:2], splits.x_test.shape[1:], splits.n_classes)
-    return its
+    arrays, settings = growth.read_same("relabelling.teacher", path, experiment, "adv-kip")
+    x, y = (arrays[f"{key}_train"].astype("float32") for key in "xy")
+    data.check_fits(path, x, y, splits.x_test.shape[1:], splits.n_classes)
+    return TrainingSet(x, y, Kernel.from_params(settings["kernel"]))
 
 
 def _distilled(method: Method, experiment, splits, dataset, folder):

@@ -226,7 +226,7 @@ class _Run:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                if i % FLUSH_EVERY == 0:
+                if (self.epoch * len(batches) + i) % FLUSH_EVERY == 0:
                     nets.flush(self.optimizer)
                 total = total + loss.detach() / len(every) * len(index)
         self.loss = float(total) / len(self.x)

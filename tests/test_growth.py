@@ -1,13 +1,14 @@
 """A support that goes on from a smaller distilled one is the same machine at first."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import data, distill, growth, kernels, krr
+from advkip import data, distill, files, growth, kernels, krr, preflight
 from tests.sections import changed, experiment
 
 SMALL = experiment(
@@ -116,6 +117,11 @@ def test_other_sets_are_refused(made, change, message):
     with pytest.raises(ValueError, match="support.grown_from: ") as error:
         distill.starting_support(e, data.split(made[2], e))
     assert message in str(error.value)
+
+
+def test_a_record_says_what_the_support_grew_from(made):
+    assert preflight.digests(larger(made[0]))["support"] == files.digest(Path(made[0]))
+    assert "support" not in preflight.digests(SMALL)
 
 
 def test_kip_does_not_grow_from_adv_kip(made):

@@ -118,7 +118,7 @@ IMPORTS = {
         "settings",
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
-    "relabel": {"attacks", "config", "data", "distill", "files", "gram"},
+    "relabel": {"algorithm", "attacks", "config", "data", "distill", "files", "gram"},
     "sets": {
         "config",
         "data",
@@ -457,12 +457,16 @@ def grown_from(e, folder):
     assert smaller.support.clip == whole.support.clip
     n = e.support.n_support if as_large else 10
     e = smaller.replace(support={"n_support": n, "n_target": 10}, dataset=e.dataset.to_dict())
-    dataset = data.load(e.dataset.name, folder)
+    return drawn_set(e, data.load(e.dataset.name, folder), folder / "smaller.npz")
+
+
+def drawn_set(e, dataset, path):
+    """The path of a file like a distilled set's, with the support as it was drawn."""
     x, y = distill.initial_support(e, data.split(dataset, e))
     about = {"method": "adv-kip"}
     made = distill.Distilled(x, y, x, y, step=0, history=[], stopped="n_steps", about=about)
-    distill.save(folder / "smaller.npz", made, e, dataset)
-    return str(folder / "smaller.npz")
+    distill.save(path, made, e, dataset)
+    return str(path)
 
 
 def teacher(e, dataset, folder):
@@ -476,11 +480,7 @@ def teacher(e, dataset, folder):
     assert path == f"reports/{theirs.name}/adv-kip.npz"
     assert (theirs.seed, theirs.dataset) == (own.seed, own.dataset)
     theirs = theirs.replace(support={"n_support": 20, "n_target": 10}, dataset=e.dataset.to_dict())
-    x, y = distill.initial_support(theirs, data.split(dataset, theirs))
-    about = {"method": "adv-kip"}
-    made = distill.Distilled(x, y, x, y, step=0, history=[], stopped="n_steps", about=about)
-    distill.save(folder / "teacher.npz", made, theirs, dataset)
-    return str(folder / "teacher.npz")
+    return drawn_set(theirs, dataset, folder / "teacher.npz")
 
 
 def check_networks(e, splits, folder):
