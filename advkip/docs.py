@@ -28,7 +28,7 @@ LAYERS = {
     "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr "
     "losses threat ascent attacks worst_case compat",
     "PyTorch": "torch_attacks probes hard_label bridge lazy nets recipe training search",
-    "sets": "data optimizers objective growth algorithm distill features relabel sets",
+    "sets": "data optimizers objective growth algorithm distill features relabel aggregate sets",
     "judgement": "models answers evaluate published verdict questions diagnose",
     "paper": "figures pictures preflight records tables ablation texts report panel signals "
     "execute sweep run docs",

@@ -45,7 +45,7 @@ def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
     Returns:
       `relabelling.copies` times as many images.
     """
-    settings, eight_bit = experiment.relabelling, _rounds(original.x)
+    settings, eight_bit = experiment.relabelling, is_eight_bit(original.x)
     x, y = [original.x], [original.y]
     for copy in range(1, settings.copies):
         generator = data.generator(experiment.seed, "relabelled", copy)
@@ -54,7 +54,7 @@ def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
         if settings.mirror:
             base = algorithm.half_mirrored(base, generator)
         more, labels = change(base, original.y, experiment, generator)
-        x.append(_rounded(more) if eight_bit else more)
+        x.append(rounded(more) if eight_bit else more)
         y.append(labels)
     return TrainingSet(np.concatenate(x), np.concatenate(y))
 
@@ -73,12 +73,14 @@ def _mixed(x, y, experiment, generator):
     return mix(x, share[:, None, None, None]), mix(y, share[:, None])
 
 
-def _rounded(x):
+def rounded(x) -> np.ndarray:
+    """Images in [0, 1] as those of 8 bits that are next to them."""
     return data.to_float(np.round(x * 255).astype("uint8"))
 
 
-def _rounds(x):
-    return np.array_equal(_rounded(x), x)
+def is_eight_bit(x) -> bool:
+    """Whether images in [0, 1] are multiples of 1/255."""
+    return np.array_equal(rounded(x), x)
 
 
 def answers(machine, x, *, batch_size: int = 0) -> np.ndarray:
@@ -120,7 +122,7 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     y_test the data set's own; `experiment`, with the teacher's kernel, says what the set was made
     with. `sets.from_path` reads it. A file that holds the same is left alone.
     """
-    x = np.round(made.x * 255).astype("uint8") if _rounds(made.x) else made.x
+    x = np.round(made.x * 255).astype("uint8") if is_eight_bit(made.x) else made.x
     settings = json.dumps(experiment.to_dict() | {"method": RELABELLED})
     if distill.stored(path, (x, made.y, dataset.x_test, dataset.y_test)) == settings:
         return

@@ -3,7 +3,8 @@
 original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
 noisy             'original' and copies of it, with noise or mixed (`relabel`)
-relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip'
+relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip';
+                  with `relabelling.rounds` also attacked ones (`aggregate`)
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
                   the published robust features (`features.load`)
@@ -12,11 +13,23 @@ a path            an .npz of `data`'s layout, as another experiment's adv-kip.np
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from advkip import data, distill, features, files, growth, kernels, krr, relabel
+from advkip import (
+    aggregate,
+    data,
+    distill,
+    features,
+    files,
+    growth,
+    kernels,
+    krr,
+    relabel,
+    training,
+)
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 from advkip.relabel import NOISY, RELABELLED
@@ -58,7 +71,7 @@ def load(
         elif name == RELABELLED:
             its = _teacher(experiment, splits) or found.get("adv-kip")
             its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
-            chosen = relabelled(its, experiment, splits)
+            chosen = relabelled(its, experiment, splits, folder)
             made = (its.kernel or experiment.kernel).to_dict()
             relabel.save(
                 Path(folder) / f"{name}.npz", chosen, experiment.replace(kernel=made), dataset
@@ -77,16 +90,23 @@ def noisy(experiment: Experiment, splits: data.Splits) -> TrainingSet:
     return relabel.noisy(data.draw_original(experiment, splits), experiment)
 
 
-def relabelled(its: TrainingSet, experiment: Experiment, splits: data.Splits) -> TrainingSet:
+def relabelled(
+    its: TrainingSet, experiment: Experiment, splits: data.Splits, folder=None
+) -> TrainingSet:
     """The set 'relabelled' of an experiment, labelled by the kernel machine of a distilled set.
 
+    `folder` is that of the checkpoints of `relabelling.rounds`.
+
     Raises:
-      ValueError, FloatingPointError: as `machine` and `relabel.relabelled`.
+      ValueError, FloatingPointError: as `machine`, `relabel.relabelled` and `training.train`.
     """
     chosen, teacher = noisy(experiment, splits), machine(its, experiment)
-    rows = experiment.kernel.block_size or 0
-    found = relabel.answers(teacher, chosen.x, batch_size=rows)
-    return relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
+    answer = partial(relabel.answers, teacher, batch_size=experiment.kernel.block_size or 0)
+    found = answer(chosen.x)
+    made = relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
+    scale = made.y.std() / found.std()
+    watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+    return aggregate.aggregated(made, lambda x: scale * answer(x), experiment, watched, folder)
 
 
 def _teacher(experiment, splits):

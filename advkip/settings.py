@@ -52,7 +52,6 @@ CNNS = ("simple-cnn", "alexnet", "vgg11")
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 
-
 Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{CONV_NET}|{'|'.join(CNNS)})$")]
 Nets = Annotated[tuple[Net, ...], BeforeValidator(listed)]
 Attacks = Annotated[
@@ -255,6 +254,9 @@ class Relabelling(Section):
     """mirrors half of the images of each copy but the first"""
     teacher: str | None = None
     """a distilled set, an .npz, whose machine answers; null: the experiment's"""
+    rounds: Annotated[int, Field(ge=0)] = 0
+    """of attacks on `scout`, trained as those of its kind, whose images are added (`aggregate`)"""
+    scout: Net = "fc3-1024"
 
 
 class RobustFeatures(Section):

@@ -254,8 +254,10 @@ if widths:
 # Ordinary networks take over more of a kernel machine when they are asked for its *answers*. The
 # set `relabelled` has original images, and if `relabelling.copies` says so copies of them with
 # noise or mixed in pairs, with what the machine answers in place of the classes
-# (`advkip.relabel`). Put it among `networks.sets` in notebooks 2 to 4; `noisy`, the same images
-# with their classes, is its yardstick.
+# (`advkip.relabel`). With `relabelling.rounds` a scout, a network of the same training, is attacked
+# and the attacked images join the set, labelled by the machine as well, so that it also says what
+# the machine answers where networks err (`advkip.aggregate`). Put it among `networks.sets` in
+# notebooks 2 to 4; `noisy`, the same images with their classes, is its yardstick.
 #
 # ## Other people's figures
 #

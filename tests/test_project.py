@@ -119,7 +119,19 @@ IMPORTS = {
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
     "relabel": {"algorithm", "attacks", "config", "data", "distill", "files", "gram"},
+    "aggregate": {
+        "config",
+        "data",
+        "files",
+        "nets",
+        "recipe",
+        "relabel",
+        "store",
+        "torch_attacks",
+        "training",
+    },
     "sets": {
+        "aggregate",
         "config",
         "data",
         "distill",
@@ -130,6 +142,7 @@ IMPORTS = {
         "krr",
         "relabel",
         "settings",
+        "training",
     },
     "models": {"attack_names", "attacks", "bridge", "krr", "nets", "probes", "torch_attacks"},
     "evaluate": {
@@ -491,12 +504,12 @@ def check_networks(e, splits, folder):
         assert name.startswith("reports/") or name in PUBLISHED
     asked = [name for name in e.networks.sets if not is_path(name)]
     e = e.replace(relabelling={"teacher": teacher(e, dataset, folder)})
-    chosen = sets.load({"original": 0} | dict.fromkeys(asked), e, splits, dataset, folder)
     once = {"epochs": 1, "eval_every": 1}
     at = e.adversarial_training and {"adversarial_training": once | {"pgd_steps": 1}}
     e = e.replace(
         fully_connected=once, cnns=once, networks={"pgd_steps": 1, "n_seeds": 1}, **at or {}
     )
+    chosen = sets.load({"original": 0} | dict.fromkeys(asked), e, splits, dataset, folder)
     train = search.Trainer(e, training.watched(splits, 5, seed=0))
     for net in (*e.fully_connected.nets, *e.cnns.nets):
         for adversarially in (False, True) if at else (False,):

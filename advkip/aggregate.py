@@ -1,0 +1,114 @@
+"""Aggregated static attacks: a set that also says what a robust machine answers where networks err.
+
+A network that has learned a machine's answers to images, and to copies of them, still errs around
+them in directions of its own, and an attack on it looks for just those. So let a network of the
+same training tell where: a *scout* is trained plainly on the set so far and attacked, and the
+attacked images are added, labelled with what the machine answers to *them*; then the next scout
+(Ross et al. 2011, DAgger, aggregate data sets so). What comes out is a data set like any other. The
+networks that are reported have other first weights, see it from the beginning, and nobody attacks
+them in training.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from advkip import files, nets, relabel, store, torch_attacks, training
+from advkip.config import Experiment
+from advkip.data import TrainingSet
+from advkip.recipe import Recipe
+
+STEPS = 10
+"""Of the attack on a scout."""
+
+RIVALS = 5
+"""Each image is pushed to one of this many classes that its label has next, drawn at random."""
+
+
+def aggregated(
+    first: TrainingSet, answer, experiment: Experiment, watched: training.Watched, folder=None
+) -> TrainingSet:
+    """A set, and after it attacked copies of its images, each copied once, in `rounds` rounds.
+
+    In round r of R = `relabelling.rounds` the scout is trained on all that is there, and the images
+    r, r + R, r + 2 R, ... of the first set are attacked.
+
+    Args:
+      first: images (N, H, W, C) and labels (N, C), those of `answer`.
+      answer: the labels (n, C) of images (n, H, W, C).
+      experiment: whose `relabelling`, threat and seed are used, and its section of the scout's kind
+        for the recipe.
+      watched: what chooses a scout's epoch.
+      folder: of checkpoints; None for none.
+
+    Returns:
+      2 N images and labels; with `rounds` 0 the first set as it is.
+
+    Raises:
+      FloatingPointError: as `training.train`.
+    """
+    settings = experiment.relabelling
+    section = experiment.fully_connected if settings.scout.startswith("fc") else experiment.cnns
+    recipe, x, y = Recipe.of(section, experiment), first.x, first.y
+    for number in range(settings.rounds):
+        seed = nets.derived_seed(experiment.seed, "scout", number)
+        net = nets.build(settings.scout, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
+        scout = training.train(
+            net, x, y, recipe=recipe, watched=watched, seed=seed, checkpoint_dir=folder,
+            label=f"scout-{number}",
+        ).net  # fmt: skip
+        share = slice(number, None, settings.rounds)
+        more, labels = _stored(
+            scout, first.x[share], first.y[share], answer, recipe, seed, folder, number
+        )
+        x, y = np.concatenate([x, more]), np.concatenate([y, labels])
+    return first._replace(x=x, y=y)
+
+
+def _stored(scout, x, y, answer, recipe, seed, folder, number):
+    """Attacked images and the machine's labels, from the folder if they are there."""
+    weights = map(nets.to_numpy, scout.state_dict().values())
+    about = {
+        "images and weights": files.digest_of_arrays(x, y, *weights), "seed": seed,
+        **recipe.identity(),
+    }  # fmt: skip
+    path = folder and Path(folder) / f"attacked-{number}-{store.digest(about)}.npz"
+    if path and path.exists():
+        return store.load(path, (x, y), about=about)[0]
+    found = attacked(scout, x, y, recipe=recipe, seed=seed)
+    found = relabel.rounded(found) if relabel.is_eight_bit(x) else found
+    labels = answer(found).astype(y.dtype)
+    if path:
+        store.save(path, (found, labels), about=about)
+    return found, labels
+
+
+def attacked(net, x, y, *, recipe: Recipe, seed) -> np.ndarray:
+    """Images (n, H, W, C), pushed from the class of their largest label towards one of the next.
+
+    PGD from a random start in the ball of the recipe's threat, on the difference of two logits
+    (`torch_attacks.towards`), in the recipe's precision.
+
+    Args:
+      net: in evaluation mode.
+      x, y: images (n, H, W, C) in [0, 1] and label vectors (n, C).
+      recipe: whose threat, step_size and dtype are used.
+      seed: of the starts and of the classes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.as_tensor(y).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.randint(1, min(RIVALS + 1, y.shape[1]), (len(y), 1), generator=generator)
+    top, aim = order[:, 0], order.gather(1, rank)[:, 0]
+    size, parts = nets.batch_size(net), []
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        own, others = (classes[rows].to(nets.device()) for classes in (top, aim))
+        with torch.autocast(nets.device().type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            found = torch_attacks.pgd(
+                net, nets.to_tensor(x[rows]), own, threat=recipe.threat, n_steps=STEPS,
+                step_size=recipe.step_size, loss=torch_attacks.towards(others),
+                generator=generator,
+            )  # fmt: skip
+        parts.append(nets.to_array(found))
+    return np.concatenate(parts)
