@@ -62,7 +62,7 @@ def lines(found: list[dict]) -> list[Line]:
 
         def line_of(row, e=e, settings=settings, seen=seen):
             n = row.get("n_train", e["support"]["n_support"])
-            trained_on = _trained_on(row)
+            trained_on = _trained_on(row, e)
             # Of sets of one name in one record, the first, the second ...
             known = seen[trained_on]
             if row.get("set") not in known:
@@ -175,8 +175,10 @@ def _group(model, trained_on):
     return "adversarial" in trained_on, not model.startswith("kernel:"), model
 
 
-def _trained_on(row):
+def _trained_on(row, settings):
     name = " ".join(filter(None, map(row.get, ("trained_on", "set_kernel", "variant"))))
+    if row["trained_on"] == "relabelled" and settings.get("relabelling", {}).get("rounds"):
+        name += " + attacked"  # see `aggregate`
     return name + ", adversarial training" * (row["training"] == "adversarial")
 
 

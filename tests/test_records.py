@@ -376,6 +376,20 @@ def test_lines_name_the_variant(tmp_path):
     assert names == ["adv-kip as given", "adv-kip hinge"]
 
 
+def test_lines_tell_relabelled_sets_with_attacked_images_apart(tmp_path):
+    found = []
+    for rounds in (0, 2):
+        e = experiment(relabelling__rounds=rounds)
+        recorder = records.Recorder(e, tmp_path / str(rounds), "02_transfer")
+        for trained_on in ("relabelled", "original"):
+            recorder.add(
+                [outcome("clean", 0.9)], model="fc3-256", trained_on=trained_on, training="plain"
+            )
+        found.append(recorder.write())
+    names = {line.trained_on for line in tables.lines(found)}
+    assert names == {"relabelled", "relabelled + attacked", "original"}
+
+
 def test_a_verdict_without_figures_is_no_line(tmp_path):
     """As that of an older run, whose rows were replaced."""
     record = write(tmp_path)
