@@ -229,8 +229,9 @@ def cell(value, digits: int = 2) -> str:
 
 
 SUMMARY = (
-    ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("fc3-1024", "original"),
-    ("fc3-1024", "adv-kip fc3"), ("fc3-1024", "relabelled fc1"), ("simple-cnn", "original"),
+    ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("kernel:fc1", "adv-kip"),
+    ("fc3-1024", "original"), ("fc3-1024", "adv-kip fc3"), ("fc3-1024", "relabelled fc1"),
+    ("fc3-1024", "relabelled fc1 + attacked"), ("simple-cnn", "original"),
     ("simple-cnn", "adv-kip fc3"), ("simple-cnn", ADVERSARIAL),
     ("simple-cnn", "adv-kip fc3, adversarial training"),
 )  # fmt: skip
