@@ -39,7 +39,7 @@ def aggregated(
       answer: the labels (n, C) of images (n, H, W, C).
       experiment: whose `relabelling`, threat and seed are used, and its section of the scout's kind
         for the recipe.
-      watched: what chooses a scout's epoch.
+      watched: the validation images that choose a scout's epoch.
       folder: of checkpoints; None for none.
 
     Returns:
@@ -49,8 +49,8 @@ def aggregated(
       FloatingPointError: as `training.train`.
     """
     settings = experiment.relabelling
-    section = experiment.fully_connected if settings.scout.startswith("fc") else experiment.cnns
-    recipe, x, y = Recipe.of(section, experiment), first.x, first.y
+    recipe = Recipe.of(experiment.section_of(settings.scout), experiment)
+    x, y = first.x, first.y
     for number in range(settings.rounds):
         seed = nets.derived_seed(experiment.seed, "scout", number)
         net = nets.build(settings.scout, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)

@@ -125,6 +125,10 @@ class Experiment(Section):
                 "there, or without it"
             )
 
+    def section_of(self, net: str) -> s.Networks:
+        """The section whose recipe a network of that name is plainly trained with."""
+        return self.fully_connected if net.startswith("fc") else self.cnns
+
     def variants(self) -> dict[str, "Experiment"]:
         """The experiments of `remedies.variants`; their own names are folders for checkpoints.
 

@@ -90,8 +90,7 @@ class Trainer:
         """
         e = self.experiment
         if section is None:
-            section = e.fully_connected if net.startswith("fc") else e.cnns
-            section = e.adversarial_training if adversarially else section
+            section = e.adversarial_training if adversarially else e.section_of(net)
         if section is None:
             raise ValueError(
                 "expected settings of adversarial_training, got null; pass them to train so"

@@ -105,7 +105,8 @@ def relabelled(
     found = answer(chosen.x)
     made = relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
     scale = made.y.std() / found.std()
-    watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+    n = experiment.networks.n_watch
+    watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
     return aggregate.aggregated(made, lambda x: scale * answer(x), experiment, watched, folder)
 
 

@@ -15,13 +15,6 @@ SMALL = changed(
 )  # fmt: skip
 
 
-def recipe_of(dtype="float32", epsilon=0.1):
-    return Recipe(
-        epochs=1, learning_rate=1e-3, threat=Threat("linf", epsilon), step_size=epsilon / 4,
-        dtype=dtype,
-    )  # fmt: skip
-
-
 def load(e, splits, digits, folder):
     return sets.load(["noisy", "relabelled", "adv-kip"], e, splits, digits, folder)
 
@@ -101,7 +94,8 @@ def test_an_attack_goes_towards_one_of_the_next_classes(dtype):
     linear.to(nets.device())
     x = np.full((60, 4, 4, 1), 0.5, "float32")
     y = np.tile(np.linspace(1, 0, 10, dtype="float32"), (60, 1))  # class 0, then 1, 2, ...
-    recipe = recipe_of(dtype)
+    ball = {"threat": Threat("linf", 0.1), "step_size": 0.025}
+    recipe = Recipe(epochs=1, learning_rate=1e-3, dtype=dtype, **ball)
     found = aggregate.attacked(linear, x, y, recipe=recipe, seed=3)
     weights = nets.to_numpy(linear[1].weight)
     signs = np.sign(weights[1 : 1 + aggregate.RIVALS] - weights[0]).reshape(-1, 4, 4, 1)

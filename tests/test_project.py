@@ -513,8 +513,8 @@ def check_networks(e, splits, folder):
     train = search.Trainer(e, training.watched(splits, 5, seed=0))
     for net in (*e.fully_connected.nets, *e.cnns.nets):
         for adversarially in (False, True) if at else (False,):
-            section = e.fully_connected if net.startswith("fc") else e.cnns
-            rates = (e.adversarial_training if adversarially else section).learning_rates
+            section = e.adversarial_training if adversarially else e.section_of(net)
+            rates = section.learning_rates
             name = "original" if adversarially else next(iter(chosen))
             found = train(
                 net, name, chosen[name], adversarially=adversarially, learning_rates=rates[:1],
