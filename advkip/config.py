@@ -95,6 +95,13 @@ class Experiment(Section):
             )  # one may be the teacher
             needed = {"adv-kip" if name == "relabelled" and not teacher else name for name in sets}
             missing = needed & set(s.METHODS) - set(self.methods)
+            at = self.adversarial_training
+            robust = self.relabelling.teacher == s.ADVERSARIAL and "relabelled" in sets
+            if notebook in self.notebooks and robust and not (at and at.nets):
+                raise ValueError(
+                    "expected adversarial_training with nets behind relabelling.teacher "
+                    f"{s.ADVERSARIAL!r}, got none; pass them, or the path of a distilled set"
+                )
             if notebook in self.notebooks and missing:
                 raise ValueError(
                     f"expected settings of {sorted(missing)}, which {notebook} trains on, got "
@@ -241,7 +248,7 @@ _NETS = (*MACHINE, "adv_kip", "kip", "threat_l2", "networks", "relabelling", "ev
 SECTIONS = {
     "00_walkthrough": (),
     "01_kernels": (*MACHINE, "adv_kip", "kip"),
-    "02_transfer": (*_NETS, "fully_connected"),
+    "02_transfer": (*_NETS, "fully_connected", "adversarial_training"),
     "03_cnns": (*_NETS, "cnns", "adversarial_training"),
     "04_shortcomings": (
         *_NETS, "fully_connected", "cnns", "adversarial_training", "robust_features", "diagnosis",

@@ -164,7 +164,7 @@ class TrainingSet(NamedTuple):
     x: np.ndarray  # images (N, H, W, C), float32; a distilled set's may leave [0, 1]
     y: np.ndarray  # label vectors (N, classes), float32
     kernel: Kernel | None = None  # that a distilled set was made with, with its settings
-    teacher: str = ""  # the kernel whose machine gave the labels (see `relabel`)
+    teacher: str = ""  # the kernel whose machine, or the network that, labelled (see `relabel`)
 
 
 def draw_original(experiment: Experiment, splits: Splits) -> TrainingSet:

@@ -202,7 +202,7 @@ class Mirrored(Kernel):
 
     def value(self, x, s) -> jax.Array:
         """K like `__call__`, without a derivative rule of its own."""
-        return (self.kernel.value(x, s) + self.kernel.value(x, _mirror(s))) / 2
+        return (self.kernel.value(x, s) + self.kernel.value(x, mirror(s))) / 2
 
     def diagonal(self, x) -> jax.Array:
         """k(x_i, x_i), shape (n,)."""
@@ -211,22 +211,23 @@ class Mirrored(Kernel):
             return self.kernel(*(a[None] for a in pair))[0, 0]
 
         x = as_floats(x)
-        across_all = jax.lax.map(across, (x, _mirror(x)), batch_size=min(len(x), 64))
+        across_all = jax.lax.map(across, (x, mirror(x)), batch_size=min(len(x), 64))
         return (self.kernel.diagonal(x) + across_all) / 2
 
     def value_and_pullback(self, x, s) -> tuple[jax.Array, Callable]:
         """K (n, m) and its pullback to x and s."""
         k, pull = self.kernel.value_and_pullback(x, s)
-        k_mirrored, pull_mirrored = self.kernel.value_and_pullback(x, _mirror(s))
+        k_mirrored, pull_mirrored = self.kernel.value_and_pullback(x, mirror(s))
         return (k + k_mirrored) / 2, Partial(_pull_mirrored, pull, pull_mirrored)
 
 
 def _pull_mirrored(pull, pull_mirrored, w):
     (x, s), (x_mirrored, s_mirrored) = pull(w / 2), pull_mirrored(w / 2)
-    return x + x_mirrored, s + _mirror(s_mirrored)
+    return x + x_mirrored, s + mirror(s_mirrored)
 
 
-def _mirror(x):
+def mirror(x):
+    """Images (n, H, W, C) with left and right swapped."""
     return x[:, :, ::-1]
 
 

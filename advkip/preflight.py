@@ -5,7 +5,7 @@ import numpy as np
 from advkip import data, files, inputs
 from advkip.attack_names import Attack
 from advkip.config import Experiment, sections
-from advkip.settings import PUBLISHED, SETS, is_path
+from advkip.settings import ADVERSARIAL, PUBLISHED, SETS, is_path
 
 
 def check(experiment: Experiment) -> None:
@@ -61,8 +61,9 @@ def _paths(experiment):
     asked["04_shortcomings"] = experiment.diagnosis.sets
     names = [name for one in experiment.notebooks for name in asked.get(one, ())]
     paths = [name for name in names if is_path(name)]
-    if "relabelled" in names and experiment.relabelling.teacher:
-        paths.append(experiment.relabelling.teacher)
+    teacher = experiment.relabelling.teacher
+    if "relabelled" in names and teacher and teacher != ADVERSARIAL:
+        paths.append(teacher)
     return list(dict.fromkeys(paths))
 
 

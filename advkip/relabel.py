@@ -19,9 +19,10 @@ and copies, with classes as labels, those of two images mixed as they are.
 import json
 
 import numpy as np
+import torch
 
 import advkip
-from advkip import algorithm, attacks, data, distill, files, gram
+from advkip import algorithm, attacks, data, distill, files, gram, nets
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 
@@ -83,13 +84,18 @@ def is_eight_bit(x) -> bool:
     return np.array_equal(rounded(x), x)
 
 
-def answers(machine, x, *, batch_size: int = 0) -> np.ndarray:
-    """What a `krr.KernelMachine` answers to images (N, H, W, C), shape (N, C).
+def answers(model, x, *, batch_size: int = 0) -> np.ndarray:
+    """What a `krr.KernelMachine`, or a network, answers to images (N, H, W, C), shape (N, C).
 
     `batch_size` is the number of images at a time; 0 chooses.
     """
-    rows = batch_size or gram.rows_of_tile(machine.kernel, len(machine.x_support))
-    return np.asarray(attacks.predict(machine, x, batch_size=rows))
+    if isinstance(model, torch.nn.Module):
+        size = batch_size or nets.batch_size(model)
+        with torch.no_grad(), nets.deterministic():
+            parts = [model(nets.to_tensor(x[i : i + size])) for i in range(0, len(x), size)]
+        return np.concatenate([*map(nets.to_numpy, parts)])
+    rows = batch_size or gram.rows_of_tile(model.kernel, len(model.x_support))
+    return np.asarray(attacks.predict(model, x, batch_size=rows))
 
 
 def relabelled(original: TrainingSet, answers, *, teacher: str) -> TrainingSet:
@@ -119,11 +125,11 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     """Leaves a relabelled set as .npz in `data`'s layout, for any training script.
 
     x_train (uint8 where that loses nothing) are the images, y_train the label vectors; x_test and
-    y_test the data set's own; `experiment`, with the teacher's kernel, says what the set was made
-    with. `sets.from_path` reads it. A file that holds the same is left alone.
+    y_test the data set's own; `experiment`, with the teacher's kernel, and its name, says what the
+    set was made with. `sets.from_path` reads it. A file that holds the same is left alone.
     """
     x = np.round(made.x * 255).astype("uint8") if is_eight_bit(made.x) else made.x
-    settings = json.dumps(experiment.to_dict() | {"method": RELABELLED})
+    settings = json.dumps(experiment.to_dict() | {"method": RELABELLED, "teacher": made.teacher})
     if distill.stored(path, (x, made.y, dataset.x_test, dataset.y_test)) == settings:
         return
     with files.replacing(path) as file:

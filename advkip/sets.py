@@ -3,7 +3,8 @@
 original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
 noisy             'original' and copies of it, with noise or mixed (`relabel`)
-relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip';
+relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip',
+                  or by an adversarially trained network, which is another matter;
                   with `relabelling.rounds` also attacked ones (`aggregate`)
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
@@ -28,12 +29,13 @@ from advkip import (
     kernels,
     krr,
     relabel,
+    search,
     training,
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 from advkip.relabel import NOISY, RELABELLED
-from advkip.settings import Kernel, Method, is_path
+from advkip.settings import ADVERSARIAL, Kernel, Method, is_path
 
 ROBUST_FEATURES = "robust-features"
 
@@ -69,10 +71,12 @@ def load(
         elif name == NOISY:
             chosen = noisy(experiment, splits)
         elif name == RELABELLED:
-            its = _teacher(experiment, splits) or found.get("adv-kip")
-            its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
+            its = None
+            if experiment.relabelling.teacher != ADVERSARIAL:
+                its = _teacher(experiment, splits) or found.get("adv-kip")
+                its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
             chosen = relabelled(its, experiment, splits, folder)
-            made = (its.kernel or experiment.kernel).to_dict()
+            made = (its and its.kernel or experiment.kernel).to_dict()
             relabel.save(
                 Path(folder) / f"{name}.npz", chosen, experiment.replace(kernel=made), dataset
             )
@@ -91,23 +95,48 @@ def noisy(experiment: Experiment, splits: data.Splits) -> TrainingSet:
 
 
 def relabelled(
-    its: TrainingSet, experiment: Experiment, splits: data.Splits, folder=None
+    its: TrainingSet | None, experiment: Experiment, splits: data.Splits, folder=None
 ) -> TrainingSet:
     """The set 'relabelled' of an experiment, labelled by the kernel machine of a distilled set.
 
-    `folder` is that of the checkpoints of `relabelling.rounds`.
+    With None in its place the adversarially trained network labels that notebook 04 has: the first
+    of `adversarial_training`, on original images. `folder` is that of checkpoints.
 
     Raises:
       ValueError, FloatingPointError: as `machine`, `relabel.relabelled` and `training.train`.
     """
-    chosen, teacher = noisy(experiment, splits), machine(its, experiment)
-    answer = partial(relabel.answers, teacher, batch_size=experiment.kernel.block_size or 0)
+    chosen = noisy(experiment, splits)
+    if its:
+        name = (its.kernel or experiment.kernel).name
+        rows = experiment.kernel.block_size or 0
+        answer = partial(relabel.answers, machine(its, experiment), batch_size=rows)
+    else:
+        name, teacher = adversarially_trained(experiment, splits, folder)
+        answer = partial(relabel.answers, teacher)
     found = answer(chosen.x)
-    made = relabel.relabelled(chosen, found, teacher=(its.kernel or experiment.kernel).name)
+    made = relabel.relabelled(chosen, found, teacher=name)
     scale = made.y.std() / found.std()
     n = experiment.networks.n_watch
     watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
     return aggregate.aggregated(made, lambda x: scale * answer(x), experiment, watched, folder)
+
+
+def adversarially_trained(experiment: Experiment, splits: data.Splits, folder=None):
+    """(what tables call it, the network) of `relabelling.teacher` 'adversarial'.
+
+    Raises:
+      ValueError: settings without such a network; FloatingPointError: as `training.train`.
+    """
+    at = experiment.adversarial_training
+    if not (at and at.nets):
+        raise ValueError(
+            f"expected adversarial_training with nets, of which the first answers, got {at}; pass "
+            "them, or another relabelling.teacher"
+        )
+    watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
+    train, (net, *_) = search.Trainer(experiment, watched, folder), at.nets
+    found = train(net, "original", data.draw_original(experiment, splits), adversarially=True)
+    return f"{ADVERSARIAL} {net}", found.best[0].net
 
 
 def _teacher(experiment, splits):
@@ -175,7 +204,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     method, kernel = _made_with(settings)
     parts = data.to_float(dataset.x_train), labels.astype("float32")
     if method == RELABELLED and kernel:
-        return RELABELLED, TrainingSet(*parts, teacher=kernel.name)
+        teacher = json.loads(settings).get("teacher", kernel.name)
+        return RELABELLED, TrainingSet(*parts, teacher=teacher)
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 

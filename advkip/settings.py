@@ -32,8 +32,8 @@ SCORES: dict[Chooser, str] = {"pgd": "pgd", "worst-case": "strong"}
 
 Method = Literal["adv-kip", "kip"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
-SETS = ("original", *METHODS, "noisy", "relabelled", "robust-features")
-"""Names of training sets; anything else is a path (see `sets`)."""
+SETS, ADVERSARIAL = ("original", *METHODS, "noisy", "relabelled", "robust-features"), "adversarial"
+"""Names of training sets; anything else is a path (see `sets`). And a teacher that is none."""
 
 
 def is_path(name: str) -> bool:
@@ -253,7 +253,7 @@ class Relabelling(Section):
     mirror: bool = False
     """mirrors half of the images of each copy but the first"""
     teacher: str | None = None
-    """a distilled set, an .npz, whose machine answers; null: the experiment's"""
+    """a distilled set, an .npz, whose machine answers, or 'adversarial' (`sets`); null: adv-kip"""
     rounds: Annotated[int, Field(ge=0)] = 0
     """of attacks on `scout`, trained as those of its kind, whose images are added (`aggregate`)"""
     scout: Net = "fc3-1024"

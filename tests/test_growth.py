@@ -55,6 +55,26 @@ def test_it_is_the_same_machine_with_more_images(made):
     assert np.abs(original(x_test) - before(x_test)).max() > 0.1
 
 
+@pytest.mark.parametrize("n", [20, 50])
+def test_to_the_mirrored_kernel_it_is_the_mean_over_both_sides(made, n):
+    path, small, digits = made
+    e = changed(SMALL, kernel__name="fc2-mirror", support__n_support=n)
+    e = changed(e, support__grown_from=str(path))
+    splits = data.split(digits, e)
+    x, y = distill.starting_support(e, splits)
+    np.testing.assert_array_equal(x[:20], small.x_support)
+    before = krr.fit(
+        kernels.of(SMALL.kernel), small.x_support, small.y_support, diag_reg=1e-9
+    ).machine
+    after = krr.fit(kernels.of(e.kernel), x, y, diag_reg=1e-9).machine
+    x_test = jnp.asarray(splits.x_test)
+    mean = (before(x_test) + before(x_test[:, :, ::-1])) / 2
+    np.testing.assert_allclose(after(x_test), mean, atol=1e-4)
+    assert np.abs(mean - before(x_test)).max() > 0.1
+    as_it_is = krr.fit(kernels.of(e.kernel), small.x_support, small.y_support, diag_reg=1e-9)
+    assert np.abs(as_it_is.machine(x_test) - mean).max() > 0.1  # another machine
+
+
 def test_algorithm_1_goes_on_from_there_and_resumes(made, tmp_path):
     path, small, digits = made
     e = larger(path)

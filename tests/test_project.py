@@ -33,7 +33,7 @@ from advkip import (
 )
 from advkip.attack_names import Attack
 from advkip.config import Experiment, schema
-from advkip.settings import is_path
+from advkip.settings import ADVERSARIAL, is_path
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
@@ -484,8 +484,8 @@ def drawn_set(e, dataset, path):
 
 def teacher(e, dataset, folder):
     """A set in place of the file's teacher, which is of the same images."""
-    if (path := e.relabelling.teacher) is None:
-        return None
+    if (path := e.relabelling.teacher) in (None, ADVERSARIAL):
+        return path
     theirs, own = (
         Experiment.from_file(ROOT / "params" / f"{name}.yaml")
         for name in (Path(path).parent.name, e.name)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from advkip import data, nets, preflight, recipe, relabel, search, sets, training
-from advkip.config import Experiment
+from advkip.config import Experiment, sections
 from tests.sections import SMALL_SETS, changed, experiment
 
 SMALL = changed(SMALL_SETS, kip=None, relabelling__copies=1)
@@ -91,6 +91,46 @@ def test_a_relabelled_set_needs_a_teacher():
         e = Experiment.from_params(settings | {"relabelling": {"teacher": name}})
         with pytest.raises(ValueError, match=f"got '{name}', which is not there"):
             preflight.check(e)
+
+
+def test_an_adversarially_trained_network_may_answer(digits, splits, tmp_path):
+    e = changed(
+        SMALL, notebooks=["02_transfer"], adv_kip=None, networks__sets=["relabelled"],
+        relabelling__teacher="adversarial", relabelling__rounds=1, relabelling__scout="fc1-16",
+        adversarial_training__nets=["fc1-32", "fc1-16"], adversarial_training__epochs=3,
+        fully_connected__epochs=2,
+    )  # fmt: skip
+    made = sets.load(["relabelled"], e, splits, digits, tmp_path)["relabelled"]
+    watched = training.watched(splits, e.networks.n_watch, seed=e.seed)
+    train = search.Trainer(e, watched, tmp_path)
+    original = data.draw_original(e, splits)
+    (found,) = train("fc1-32", "original", original, adversarially=True, progress=False).best
+    assert found.resumed == 3  # notebook 04's, which is trained once
+    with torch.no_grad():
+        answers = nets.to_numpy(found.net(nets.to_tensor(made.x)))
+    assert len(made.x) == 2 * len(original.x)
+    np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
+    assert made.teacher == "adversarial fc1-32"
+    assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "adversarial fc1-32"
+    bare = changed(SMALL, relabelling__teacher="adversarial", adversarial_training=None)
+    with pytest.raises(ValueError, match="expected adversarial_training with nets, of which"):
+        sets.load(["relabelled"], bare, splits, digits, tmp_path)
+
+
+def test_such_a_network_is_asked_for_by_name_and_needs_its_settings():
+    settings = {
+        "notebooks": ["02_transfer"], "networks": {"sets": ["relabelled"]},
+        "relabelling": {"teacher": "adversarial"}, "adv_kip": None,
+    }  # fmt: skip
+    e = Experiment.from_params(settings)
+    preflight.check(e)
+    other = e.replace(adversarial_training={"epochs": 7})
+    assert other.of(*sections("02_transfer")) != e.of(*sections("02_transfer"))
+    for at in (None, {"nets": []}):
+        with pytest.raises(ValueError, match="expected adversarial_training with nets behind"):
+            Experiment.from_params(settings | {"adversarial_training": at})
+    named = settings["relabelling"] | {"teacher": "x.npz"}
+    Experiment.from_params(settings | {"adversarial_training": None, "relabelling": named})
 
 
 def test_a_teacher_is_a_distilled_set_of_the_same_split(digits, splits, tmp_path):
