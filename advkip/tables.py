@@ -229,7 +229,7 @@ def cell(value, digits: int = 2) -> str:
 
 
 SUMMARY = (
-    ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("kernel:fc1", "adv-kip"),
+    ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("kernel:fc1-mirror", "adv-kip"),
     ("fc3-1024", "original"), ("fc3-1024", "adv-kip fc3"), ("fc3-1024", "relabelled fc1"),
     ("fc3-1024", "relabelled fc1 + attacked"), ("simple-cnn", "original"),
     ("simple-cnn", "adv-kip fc3"), ("simple-cnn", ADVERSARIAL),

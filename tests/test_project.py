@@ -118,7 +118,7 @@ IMPORTS = {
         "settings",
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
-    "relabel": {"algorithm", "attacks", "config", "data", "distill", "files", "gram"},
+    "relabel": {"algorithm", "attacks", "config", "data", "distill", "files", "gram", "nets"},
     "aggregate": {
         "config",
         "data",
@@ -141,6 +141,7 @@ IMPORTS = {
         "kernels",
         "krr",
         "relabel",
+        "search",
         "settings",
         "training",
     },
