@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from advkip import files, nets, relabel, store, torch_attacks, training
+from advkip.attack_names import ATTACKED
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 from advkip.recipe import Recipe
@@ -63,7 +64,8 @@ def aggregated(
             scout, first.x[share], first.y[share], answer, recipe, seed, folder, number
         )
         x, y = np.concatenate([x, more]), np.concatenate([y, labels])
-    return first._replace(x=x, y=y)
+    named = first.teacher + ATTACKED * bool(settings.rounds)
+    return first._replace(x=x, y=y, teacher=named)
 
 
 def _stored(scout, x, y, answer, recipe, seed, folder, number):

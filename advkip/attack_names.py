@@ -9,6 +9,9 @@ ATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 UNTARGETED_PARTS = ("apgd-ce", "square")
 """Those that work with two classes; the others need four."""
 
+ATTACKED = " + attacked"
+"""Follows the name of a teacher that has labelled attacked images, too (`aggregate`)."""
+
 
 class Attack(NamedTuple):
     """What an attack's name says: 'fgsm', 'pgd40', 'pgd40x5', 'autoattack', a part of it; '-l2'."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import yaml
 
 from advkip import records
-from advkip.attack_names import Attack
+from advkip.attack_names import ATTACKED, Attack
 from advkip.config import FREE, Experiment, by_path
 
 ADVERSARIAL = "original, adversarial training"
@@ -177,8 +177,9 @@ def _group(model, trained_on):
 
 def _trained_on(row, settings):
     name = " ".join(filter(None, map(row.get, ("trained_on", "set_kernel", "variant"))))
-    if row["trained_on"] == "relabelled" and settings.get("relabelling", {}).get("rounds"):
-        name += " + attacked"  # see `aggregate`
+    rounds = settings.get("relabelling", {}).get("rounds")
+    if row["trained_on"] == "relabelled" and rounds and not name.endswith(ATTACKED):
+        name += ATTACKED  # in records of before the set's teacher said so
     return name + ", adversarial training" * (row["training"] == "adversarial")
 
 

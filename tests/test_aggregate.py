@@ -26,7 +26,8 @@ def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tm
     first, made = found["noisy"], found["relabelled"]
     n = len(first.x)
     assert made.x.shape == (2 * n, 8, 8, 1)
-    assert (made.teacher, made.x.dtype, made.y.dtype) == ("fc2", np.float32, np.float32)
+    assert made.teacher == "fc2 + attacked"
+    assert made.x.dtype == made.y.dtype == np.float32
     np.testing.assert_array_equal(made.x[:n], first.x)
     bases = np.concatenate([first.x[0::2], first.x[1::2]])
     moved = np.abs(made.x[n:] - bases)
@@ -38,13 +39,14 @@ def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tm
     np.testing.assert_allclose(made.y[:n].std(), first.y.std(), rtol=1e-5)  # one scale for all
     name, again = sets.from_path(tmp_path / "relabelled.npz")
     np.testing.assert_array_equal(again.x, made.x)
-    assert name == "relabelled"
+    assert (name, again.teacher) == ("relabelled", "fc2 + attacked")
 
 
 def test_no_rounds_change_nothing(digits, splits, tmp_path):
     e = changed(SMALL, relabelling__rounds=0)
     found = load(e, splits, digits, tmp_path)
     assert len(found["relabelled"].x) == len(found["noisy"].x)
+    assert found["relabelled"].teacher == "fc2"
     assert not list(tmp_path.glob("scout-*"))
 
 

@@ -120,6 +120,7 @@ IMPORTS = {
     "features": {"data", "files", "nets", "progress", "settings", "store"},
     "relabel": {"algorithm", "attacks", "config", "data", "distill", "files", "gram", "nets"},
     "aggregate": {
+        "attack_names",
         "config",
         "data",
         "files",

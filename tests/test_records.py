@@ -376,18 +376,23 @@ def test_lines_name_the_variant(tmp_path):
     assert names == ["adv-kip as given", "adv-kip hinge"]
 
 
+SAYS = "fc1 + attacked"
+"""What a set says of its teacher; one of before it did is known by the record's settings."""
+
+
 def test_lines_tell_relabelled_sets_with_attacked_images_apart(tmp_path):
     found = []
     for rounds in (0, 2):
         e = experiment(relabelling__rounds=rounds)
         recorder = records.Recorder(e, tmp_path / str(rounds), "02_transfer")
-        for trained_on in ("relabelled", "original"):
+        for trained_on, teacher in (("relabelled", "fc1"), ("relabelled", SAYS), ("original", "")):
             recorder.add(
-                [outcome("clean", 0.9)], model="fc3-256", trained_on=trained_on, training="plain"
-            )
+                [outcome("clean", 0.9)], model="fc3-256", trained_on=trained_on, training="plain",
+                set_kernel=teacher, set=teacher,
+            )  # fmt: skip
         found.append(recorder.write())
     names = {line.trained_on for line in tables.lines(found)}
-    assert names == {"relabelled", "relabelled + attacked", "original"}
+    assert names == {"relabelled fc1", f"relabelled {SAYS}", "original"}
 
 
 def test_a_verdict_without_figures_is_no_line(tmp_path):

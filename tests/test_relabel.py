@@ -110,8 +110,8 @@ def test_an_adversarially_trained_network_may_answer(digits, splits, tmp_path):
         answers = nets.to_numpy(found.net(nets.to_tensor(made.x)))
     assert len(made.x) == 2 * len(original.x)
     np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
-    assert made.teacher == "adversarial fc1-32"
-    assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "adversarial fc1-32"
+    assert made.teacher == "adversarial fc1-32 + attacked"
+    assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "adversarial fc1-32 + attacked"
     bare = changed(SMALL, relabelling__teacher="adversarial", adversarial_training=None)
     with pytest.raises(ValueError, match="expected adversarial_training with nets, of which"):
         sets.load(["relabelled"], bare, splits, digits, tmp_path)
