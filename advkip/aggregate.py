@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from advkip import files, nets, relabel, store, torch_attacks, training
+from advkip import files, inputs, nets, relabel, store, torch_attacks, training
 from advkip.attack_names import ATTACKED
 from advkip.config import Experiment
 from advkip.data import TrainingSet
@@ -51,19 +51,24 @@ def aggregated(
     """
     settings = experiment.relabelling
     recipe = Recipe.of(experiment.section_of(settings.scout), experiment)
-    x, y = first.x, first.y
+    n = len(first.x)
+    x, y = (
+        np.concatenate([a, np.empty_like(a)]) if settings.rounds else a for a in (first.x, first.y)
+    )
     for number in range(settings.rounds):
         seed = nets.derived_seed(experiment.seed, "scout", number)
         net = nets.build(settings.scout, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
         scout = training.train(
-            net, x, y, recipe=recipe, watched=watched, seed=seed, checkpoint_dir=folder,
+            net, x[:n], y[:n], recipe=recipe, watched=watched, seed=seed, checkpoint_dir=folder,
             label=f"scout-{number}",
         ).net  # fmt: skip
         share = slice(number, None, settings.rounds)
         more, labels = _stored(
             scout, first.x[share], first.y[share], answer, recipe, seed, folder, number
         )
-        x, y = np.concatenate([x, more]), np.concatenate([y, labels])
+        new = slice(n, n + len(more))
+        x[new], y[new] = more, labels
+        n = new.stop
     named = first.teacher + ATTACKED * bool(settings.rounds)
     return first._replace(x=x, y=y, teacher=named)
 
@@ -79,7 +84,7 @@ def _stored(scout, x, y, answer, recipe, seed, folder, number):
     if path and path.exists():
         return store.load(path, (x, y), about=about)[0]
     found = attacked(scout, x, y, recipe=recipe, seed=seed)
-    found = relabel.rounded(found) if relabel.is_eight_bit(x) else found
+    found = found if inputs.as_eight_bit(x) is None else relabel.rounded(found)
     labels = answer(found).astype(y.dtype)
     if path:
         store.save(path, (found, labels), about=about)

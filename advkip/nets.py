@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
-from advkip import data, lazy
+from advkip import data, inputs, lazy
 from advkip.settings import CONV_NET, FC_NET
 
 
@@ -268,6 +268,26 @@ def to_tensor(x, *, like=None) -> torch.Tensor:
     like = torch.empty(0, device=device()) if like is None else like
     x = torch.as_tensor(np.ascontiguousarray(x, "float32")).movedim(3, 1)
     return x.to(like.device, like.dtype).contiguous()
+
+
+class Images:
+    """Images (n, H, W, C) on `device()`, those of 8 bits as such: there may be half a million.
+
+    images[index] is the tensor (k, C, H, W) of the floats that went in, bit for bit.
+    """
+
+    def __init__(self, x):
+        levels = inputs.as_eight_bit(x)
+        self.levels = None
+        if levels is None:
+            self.x = to_tensor(x)
+        else:
+            self.x = torch.as_tensor(np.ascontiguousarray(np.moveaxis(levels, 3, 1))).to(device())
+            self.levels = torch.as_tensor(data.to_float(np.arange(256, dtype="uint8"))).to(device())
+
+    def __getitem__(self, index):
+        x = self.x[index]
+        return x if self.levels is None else self.levels[x.int()]
 
 
 def to_numpy(x) -> np.ndarray:

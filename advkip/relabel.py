@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import advkip
-from advkip import algorithm, attacks, data, distill, files, gram, nets
+from advkip import algorithm, attacks, data, distill, files, gram, inputs, nets
 from advkip.config import Experiment
 from advkip.data import TrainingSet
 
@@ -46,7 +46,7 @@ def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
     Returns:
       `relabelling.copies` times as many images.
     """
-    settings, eight_bit = experiment.relabelling, is_eight_bit(original.x)
+    settings, eight_bit = experiment.relabelling, inputs.as_eight_bit(original.x) is not None
     x, y = [original.x], [original.y]
     for copy in range(1, settings.copies):
         generator = data.generator(experiment.seed, "relabelled", copy)
@@ -77,11 +77,6 @@ def _mixed(x, y, experiment, generator):
 def rounded(x) -> np.ndarray:
     """Images in [0, 1] as those of 8 bits that are next to them."""
     return data.to_float(np.round(x * 255).astype("uint8"))
-
-
-def is_eight_bit(x) -> bool:
-    """Whether images in [0, 1] are multiples of 1/255."""
-    return np.array_equal(rounded(x), x)
 
 
 def answers(model, x, *, batch_size: int = 0) -> np.ndarray:
@@ -128,7 +123,8 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     y_test the data set's own; `experiment`, with the teacher's kernel, and its name, says what the
     set was made with. `sets.from_path` reads it. A file that holds the same is left alone.
     """
-    x = np.round(made.x * 255).astype("uint8") if is_eight_bit(made.x) else made.x
+    x = inputs.as_eight_bit(made.x)
+    x = made.x if x is None else x
     settings = json.dumps(experiment.to_dict() | {"method": RELABELLED, "teacher": made.teacher})
     if distill.stored(path, (x, made.y, dataset.x_test, dataset.y_test)) == settings:
         return

@@ -168,7 +168,7 @@ class _Run:
 
     def __init__(self, net, x, y, recipe, watched, seed):
         self.net, self.recipe, self.seed = net, recipe, seed
-        self.x, self.y = to_tensor(x), targets(y, len(x), recipe)
+        self.images, self.y = nets.Images(x), targets(y, len(x), recipe)
         self.optimizer = self.make_optimizer(net)
         self.epoch, self.loss, self.history, self.seconds = 0, float("nan"), [], 0.0
         # A distilled set may leave the pixel range; attacks on its images then may, too.
@@ -205,7 +205,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         order = torch.as_tensor(
-            data.generator(self.seed, "order", self.epoch).permutation(len(self.x))
+            data.generator(self.seed, "order", self.epoch).permutation(len(self.y))
         )
         batches = list(order.to(device()).split(recipe.batch_size or len(order)))
         if len(batches) > 1 and len(batches[-1]) == 1:  # batch normalisation cannot have one alone
@@ -215,7 +215,7 @@ class _Run:
         with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             torch.manual_seed(derived_seed(self.seed, "dropout", self.epoch))
             for i, index in enumerate(batches):
-                x, y = self.x[index], self.y[index]
+                x, y = self.images[index], self.y[index]
                 if recipe.adversarial_steps:
                     x = self.attacked(x, y, self.grown((i + 1) / len(batches)), noise)
                 self.net.train()
@@ -229,7 +229,7 @@ class _Run:
                 if (self.epoch * len(batches) + i) % FLUSH_EVERY == 0:
                     nets.flush(self.optimizer)
                 total = total + loss.detach() / len(every) * len(index)
-        self.loss = float(total) / len(self.x)
+        self.loss = float(total) / len(self.y)
         if not np.isfinite(self.loss):
             raise FloatingPointError(
                 f"expected a finite training loss, got {self.loss} in epoch {self.epoch}; pass a "

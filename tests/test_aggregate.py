@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import aggregate, nets, relabel, sets, training
+from advkip import aggregate, inputs, nets, sets, training
 from advkip.attacks import Threat
 from advkip.recipe import Recipe
 from tests.sections import SMALL_SETS, changed
@@ -33,7 +33,7 @@ def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tm
     moved = np.abs(made.x[n:] - bases)
     assert moved.max() <= SMALL.threat.epsilon + 0.5 / 255 + 1e-6
     assert moved.mean() > SMALL.threat.epsilon / 4
-    assert relabel.is_eight_bit(made.x)
+    assert inputs.as_eight_bit(made.x) is not None
     answers = np.asarray(sets.machine(found["adv-kip"], SMALL)(made.x))
     np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(made.y[:n].std(), first.y.std(), rtol=1e-5)  # one scale for all

@@ -169,3 +169,14 @@ def test_uint8_images_are_those_of_a_data_set_to_a_machine(machine):
     np.testing.assert_allclose(attacks.predict(machine, x8, batch_size=20), expected, atol=1e-5)
     with pytest.raises(ValueError, match="expected images of float32 or float64, got int64"):
         machine(x8.astype("int64"))
+
+
+def test_eight_bit_images_are_known(monkeypatch):
+    monkeypatch.setattr(inputs, "ROWS", 40)
+    levels = np.arange(256, dtype="uint8").reshape(64, 2, 2, 1)
+    x = data.to_float(levels)
+    np.testing.assert_array_equal(inputs.as_eight_bit(x), levels)
+    for value in (np.nextafter(x[50, 0, 0, 0], np.float32(2)), 2, -1 / 255, np.nan):
+        other = x.copy()
+        other[50, 0, 0, 0] = value
+        assert inputs.as_eight_bit(other) is None

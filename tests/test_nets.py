@@ -157,3 +157,15 @@ def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channe
     np.testing.assert_allclose(moved, expected, rtol=0.1, atol=0.03 * expected.max())
     assert np.abs(moved).max() > 0.07
     assert len(list(net.parameters())) == 2 + 2 * int(kernel[-1])  # those at the start are none
+
+
+@pytest.mark.parametrize("levels", [255, 254, 16])
+def test_images_are_the_floats_that_went_in(rng, levels):
+    x = rng.integers(0, levels + 1, (300, 4, 5, 3)).astype("float32") / np.float32(levels)
+    images, index = nets.Images(x), torch.as_tensor([7, 0, 299, 7])
+    found = images[index.to(nets.device())]
+    assert images.x.dtype == (torch.uint8 if levels == 255 else torch.float32)
+    np.testing.assert_array_equal(nets.to_array(found), x[index])
+    whole = nets.to_tensor(x)[index.to(nets.device())]
+    assert found.dtype == whole.dtype
+    assert found.stride() == whole.stride()
