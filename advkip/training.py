@@ -146,9 +146,10 @@ def train(
 def _check_images(x, watched):
     inputs.check_layout(np.shape(x), "training images")
     inputs.check_floats(x, "training images")
-    if not np.abs(x).max() <= FAR:
+    largest = max(x.max(), -x.min())
+    if not largest <= FAR:
         raise ValueError(
-            f"expected training images near [0, 1], got values up to {np.abs(x).max():.4g}; pass "
+            f"expected training images near [0, 1], got values up to {largest:.4g}; pass "
             "images divided by 255 and without NaN"
         )
     for part in ("validation", "test"):
