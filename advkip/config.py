@@ -96,11 +96,11 @@ class Experiment(Section):
             needed = {"adv-kip" if name == "relabelled" and not teacher else name for name in sets}
             missing = needed & set(s.METHODS) - set(self.methods)
             at = self.adversarial_training
-            robust = self.relabelling.teacher == s.ADVERSARIAL and "relabelled" in sets
+            robust = self.relabelling.teacher == m.ADVERSARIAL and "relabelled" in sets
             if notebook in self.notebooks and robust and not (at and at.nets):
                 raise ValueError(
                     "expected adversarial_training with nets behind relabelling.teacher "
-                    f"{s.ADVERSARIAL!r}, got none; pass them, or the path of a distilled set"
+                    f"{m.ADVERSARIAL!r}, got none; pass them, or the path of a distilled set"
                 )
             if notebook in self.notebooks and missing:
                 raise ValueError(

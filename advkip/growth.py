@@ -9,10 +9,10 @@ of all of them is f again, but for the ridge. Algorithm 1 goes on from there. Wi
 than the one that made (X, Y), Eq. 4 is another machine from the start, so that a kernel of many
 layers can go on from the set of a cheaper one.
 
-To the mirrored kernel of the one that made (X, Y) there is a way without a loss: with f' the mean
-of f over an image and its mirror image, f' = K'_xX (K_XX + r I)^-1 Y, K' being the mirrored kernel.
-So (X, f'(X)) makes f' with K', again but for the ridge: at least as robust, and of twice as many
-images.
+To the mirrored kernel of the one that made (X, Y) there is a better way: with f' the mean of f over
+an image and its mirror image, f' = K'_xX (K_XX + r I)^-1 Y, K' being the mirrored kernel. So
+(X, f'(X)) makes f' with K', again but for the ridge, and X stands for its mirror images, too. (By
+convexity the robust cross-entropy of f' is no larger than that of f, on average over both sides.)
 """
 
 import json
@@ -55,10 +55,11 @@ def grown(path, x, y, experiment: Experiment, method: Method) -> tuple[np.ndarra
             f"{path}; pass a larger support.n_support"
         )
     n_more, share = len(x) - len(x_small), experiment.support.true_share
-    mirrored = own.name == f"{settings['kernel']['name']}-mirror"
+    its = Kernel(**{name: settings["kernel"][name] for name in OF_A_MACHINE})
+    same = (own.W_std, own.b_std) == (its.W_std, its.b_std)
+    mirrored = own.name == f"{its.name}-mirror" and same
     if not n_more and not mirrored:
         return x_small, y_small
-    its = Kernel(**{name: settings["kernel"][name] for name in OF_A_MACHINE})
     kernel = kernels.of(its)
     machine = krr.fit(
         kernel, x_small, y_small, diag_reg=its.diag_reg, block_size=own.block_size or 0

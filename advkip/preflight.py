@@ -5,7 +5,8 @@ import numpy as np
 from advkip import data, files, inputs
 from advkip.attack_names import Attack
 from advkip.config import Experiment, sections
-from advkip.settings import ADVERSARIAL, PUBLISHED, SETS, is_path
+from advkip.method_settings import ADVERSARIAL
+from advkip.settings import PUBLISHED, SETS, is_path
 
 
 def check(experiment: Experiment) -> None:

@@ -120,8 +120,9 @@ def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset)
     """Leaves a relabelled set as .npz in `data`'s layout, for any training script.
 
     x_train (uint8 where that loses nothing) are the images, y_train the label vectors; x_test and
-    y_test the data set's own; `experiment`, with the teacher's kernel, and its name, says what the
-    set was made with. `sets.from_path` reads it. A file that holds the same is left alone.
+    y_test the data set's own; `experiment`, with the kernel of a machine that labelled, and the
+    teacher's name, says what the set was made with. `sets.from_path` reads it. A file that holds
+    the same is left alone.
     """
     x = inputs.as_eight_bit(made.x)
     x = made.x if x is None else x

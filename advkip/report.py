@@ -96,7 +96,7 @@ def build(
 def _kind(line):
     if line.model.startswith("kernel:"):
         return "kernel"
-    return "adversarial" if "adversarial" in line.trained_on else "plain"
+    return "adversarial" if tables.is_adversarial(line.trained_on) else "plain"
 
 
 def _first(value):
@@ -139,14 +139,19 @@ def _top(value):
 
 
 def scaling(lines: list[tables.Line]) -> list[dict]:
-    """Robust accuracy of kernel machines on distilled sets against n_support, for a chart."""
+    """Robust accuracy of kernel machines on distilled sets against n_support, for a chart.
+
+    Of each data set the kernel of the most sizes.
+    """
     found = []
     for data_set, title in tables.DATA_SETS.items():
-        points = {}
+        kernels: dict[str, dict] = {}
         for line in lines:
             own = line.data_set == data_set and line.model.startswith("kernel:")
             if own and line.trained_on == "adv-kip" and "autoattack" in line.cells:
+                points = kernels.setdefault(line.model, {})
                 points.setdefault(line.images, {}).update(line.cells["autoattack"])
+        model, points = max(kernels.items(), key=lambda one: len(one[1]), default=("", {}))
         values = [
             {"n": n, "mean": _first(seeds), "text": tables.cell(seeds, 1), "seeds": len(seeds),
              "low": min(seeds.values()), "high": max(seeds.values())}
@@ -154,6 +159,7 @@ def scaling(lines: list[tables.Line]) -> list[dict]:
         ]  # fmt: skip
         if values:
             top = max(value["high"] for value in values)
+            title = f"{title}, {model.removeprefix('kernel:')}"
             found.append({"title": title, "values": values, "top": _top(top)})
     return found
 

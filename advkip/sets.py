@@ -4,7 +4,7 @@ original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
 noisy             'original' and copies of it, with noise or mixed (`relabel`)
 relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip',
-                  or by an adversarially trained network, which is another matter;
+                  or by an adversarially trained network, robust because of its training;
                   with `relabelling.rounds` also attacked ones (`aggregate`)
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
@@ -34,8 +34,9 @@ from advkip import (
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
+from advkip.method_settings import ADVERSARIAL
 from advkip.relabel import NOISY, RELABELLED
-from advkip.settings import ADVERSARIAL, Kernel, Method, is_path
+from advkip.settings import Kernel, Method, is_path
 
 ROBUST_FEATURES = "robust-features"
 
@@ -100,7 +101,9 @@ def relabelled(
     """The set 'relabelled' of an experiment, labelled by the kernel machine of a distilled set.
 
     With None in its place the adversarially trained network labels that notebook 04 has: the first
-    of `adversarial_training`, on original images. `folder` is that of checkpoints.
+    of `adversarial_training`, on original images, of the first seed (the first of the networks that
+    are then trained on the set, if it is of the same kind, begins with the same weights). `folder`
+    is that of checkpoints.
 
     Raises:
       ValueError, FloatingPointError: as `machine`, `relabel.relabelled` and `training.train`.

@@ -32,8 +32,8 @@ SCORES: dict[Chooser, str] = {"pgd": "pgd", "worst-case": "strong"}
 
 Method = Literal["adv-kip", "kip"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
-SETS, ADVERSARIAL = ("original", *METHODS, "noisy", "relabelled", "robust-features"), "adversarial"
-"""Names of training sets; anything else is a path (see `sets`). And a teacher that is none."""
+SETS = ("original", *METHODS, "noisy", "relabelled", "robust-features")
+"""Names of training sets; anything else is a path (see `sets`)."""
 
 
 def is_path(name: str) -> bool:
@@ -213,7 +213,7 @@ class AdversarialTraining(Training):
     """The baseline (Madry et al. 2018)."""
 
     nets: Nets = ("simple-cnn",)
-    """of notebook 04, on original images and on `sets`; the first makes robust features"""
+    """of notebook 04, on original images and on `sets`; of the first robust features, or labels"""
     sets: Strings = ("original",)
     """a choice of diagnosis.sets"""
     epochs: Count = 20

@@ -16,7 +16,8 @@ from advkip import records
 from advkip.attack_names import ATTACKED, Attack
 from advkip.config import FREE, Experiment, by_path
 
-ADVERSARIAL = "original, adversarial training"
+_ADVERSARIALLY = ", adversarial training"
+ADVERSARIAL = "original" + _ADVERSARIALLY
 
 
 def _paper():
@@ -172,7 +173,12 @@ def _checked_cell(check):
 
 def _group(model, trained_on):
     """Kernels, networks by name, adversarial training."""
-    return "adversarial" in trained_on, not model.startswith("kernel:"), model
+    return is_adversarial(trained_on), not model.startswith("kernel:"), model
+
+
+def is_adversarial(trained_on: str) -> bool:
+    """Whether a `Line` is of adversarial training: not of a set that such a network labelled."""
+    return trained_on.endswith(_ADVERSARIALLY)
 
 
 def _trained_on(row, settings):
@@ -180,7 +186,7 @@ def _trained_on(row, settings):
     rounds = settings.get("relabelling", {}).get("rounds")
     if row["trained_on"] == "relabelled" and rounds and not name.endswith(ATTACKED):
         name += ATTACKED  # in records of before the set's teacher said so
-    return name + ", adversarial training" * (row["training"] == "adversarial")
+    return name + _ADVERSARIALLY * (row["training"] == "adversarial")
 
 
 def attacks_of(shown: list[Line]) -> list[str]:

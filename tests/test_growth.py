@@ -71,6 +71,8 @@ def test_to_the_mirrored_kernel_it_is_the_mean_over_both_sides(made, n):
     mean = (before(x_test) + before(x_test[:, :, ::-1])) / 2
     np.testing.assert_allclose(after(x_test), mean, atol=1e-4)
     assert np.abs(mean - before(x_test)).max() > 0.1
+    other = distill.starting_support(changed(e, kernel__W_std=1.0), splits)
+    np.testing.assert_array_equal(other[1][:20], small.y_support)  # to another kernel as it is
     as_it_is = krr.fit(kernels.of(e.kernel), small.x_support, small.y_support, diag_reg=1e-9)
     assert np.abs(as_it_is.machine(x_test) - mean).max() > 0.1  # another machine
 

@@ -33,7 +33,8 @@ from advkip import (
 )
 from advkip.attack_names import Attack
 from advkip.config import Experiment, schema
-from advkip.settings import ADVERSARIAL, is_path
+from advkip.method_settings import ADVERSARIAL
+from advkip.settings import is_path
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
@@ -152,6 +153,7 @@ IMPORTS = {
         "growth",
         "kernels",
         "krr",
+        "method_settings",
         "relabel",
         "search",
         "settings",
@@ -186,7 +188,15 @@ IMPORTS = {
     "diagnose": {"attack_names", "evaluate", "nets", "probes", "progress", "questions", "verdict"},
     "figures": set(),
     "pictures": {"figures"},
-    "preflight": {"attack_names", "config", "data", "files", "inputs", "settings"},
+    "preflight": {
+        "attack_names",
+        "config",
+        "data",
+        "files",
+        "inputs",
+        "method_settings",
+        "settings",
+    },
     "records": {"config", "files", "preflight"},
     "tables": {"attack_names", "config", "records"},
     "ablation": {"config", "tables"},

@@ -393,6 +393,8 @@ def test_lines_tell_relabelled_sets_with_attacked_images_apart(tmp_path):
         found.append(recorder.write())
     names = {line.trained_on for line in tables.lines(found)}
     assert names == {"relabelled fc1", f"relabelled {SAYS}", "original"}
+    assert not tables.is_adversarial("relabelled adversarial fc3-64")  # who labelled it
+    assert tables.is_adversarial(tables.ADVERSARIAL)
 
 
 def test_a_verdict_without_figures_is_no_line(tmp_path):

@@ -84,6 +84,10 @@ def test_charts(folder):
         (500, 25.0, 20.0, 2), (2000, 35.0, 35.0, 1),
     ]  # fmt: skip
     assert scaling["values"][0]["text"] == "25.0 ± 7.1"
+    of_another = [line._replace(model="kernel:fc7", images=9) for line in lines]
+    (same,) = report.scaling([*lines, *of_another])  # one kernel a chart, that of the most sizes
+    assert same == scaling
+    assert same["title"].endswith(", fc3")
 
 
 def test_no_runs(tmp_path, capsys):
