@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from advkip import attacks, data, gram, growth, krr, optimizers, store, worst_case
+from advkip import attacks, data, gram, growth, kernels, krr, optimizers, store, worst_case
 from advkip.config import MACHINE
 from advkip.objective import Objective
 from advkip.settings import SCORES
@@ -216,4 +216,4 @@ class Run:
 
 def half_mirrored(x, generator) -> np.ndarray:
     """Images (n, H, W, C), each of them mirrored or not, at random."""
-    return np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, x[:, :, ::-1])
+    return np.where(generator.random((len(x), 1, 1, 1)) < 0.5, x, kernels.mirror(x))

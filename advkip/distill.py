@@ -127,7 +127,7 @@ def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.nda
     support, x, y = experiment.support, splits.x_support, splits.y_support
     stream, copies = data.generator(experiment.seed, "copies"), [x]
     for i in range(1, support.copies):
-        copy = x[:, :, ::-1] if support.mirror and i % 2 else x
+        copy = kernels.mirror(x) if support.mirror and i % 2 else x
         noise = stream.uniform(-1, 1, x.shape) * support.copy_noise
         copies.append(np.clip(copy + noise, 0, 1).astype(x.dtype))
     labels = support.label_scale * data.one_hot(

@@ -13,9 +13,10 @@ a path            an .npz of `data`'s layout, as another experiment's adv-kip.np
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,15 +73,10 @@ def load(
         elif name == NOISY:
             chosen = noisy(experiment, splits)
         elif name == RELABELLED:
-            its = None
-            if experiment.relabelling.teacher != ADVERSARIAL:
-                its = _teacher(experiment, splits) or found.get("adv-kip")
-                its = its or _distilled("adv-kip", experiment, splits, dataset, folder)
-            chosen = relabelled(its, experiment, splits, folder)
-            made = (its and its.kernel or experiment.kernel).to_dict()
-            relabel.save(
-                Path(folder) / f"{name}.npz", chosen, experiment.replace(kernel=made), dataset
-            )
+            teacher = _teacher(found.get("adv-kip"), experiment, splits, dataset, folder)
+            chosen = relabelled(teacher, experiment, splits, folder)
+            own = experiment.replace(kernel=teacher.kernel.to_dict())
+            relabel.save(Path(folder) / f"{name}.npz", chosen, own, dataset)
         else:
             method: Method = "kip" if name == "kip" else "adv-kip"
             chosen = _distilled(method, experiment, splits, dataset, folder)
@@ -95,37 +91,58 @@ def noisy(experiment: Experiment, splits: data.Splits) -> TrainingSet:
     return relabel.noisy(data.draw_original(experiment, splits), experiment)
 
 
-def relabelled(
-    its: TrainingSet | None, experiment: Experiment, splits: data.Splits, folder=None
-) -> TrainingSet:
-    """The set 'relabelled' of an experiment, labelled by the kernel machine of a distilled set.
+class Teacher(NamedTuple):
+    """Who labels the set 'relabelled'."""
 
-    With None in its place the adversarially trained network labels that notebook 04 has: the first
-    of `adversarial_training`, on original images, of the first seed (the first of the networks that
-    are then trained on the set, if it is of the same kind, begins with the same weights). `folder`
-    is that of checkpoints.
+    name: str  # what tables call it
+    kernel: Kernel  # of its machine; of a network the experiment's
+    answer: Callable  # label vectors (n, C) of images (n, H, W, C)
+
+
+def relabelled(
+    teacher: Teacher, experiment: Experiment, splits: data.Splits, folder=None
+) -> TrainingSet:
+    """The set 'relabelled' of an experiment, labelled by a teacher.
+
+    `folder` is that of the checkpoints of `relabelling.rounds`.
 
     Raises:
-      ValueError, FloatingPointError: as `machine`, `relabel.relabelled` and `training.train`.
+      ValueError, FloatingPointError: as `relabel.relabelled` and `training.train`.
     """
     chosen = noisy(experiment, splits)
-    if its:
-        name = (its.kernel or experiment.kernel).name
-        rows = experiment.kernel.block_size or 0
-        answer = partial(relabel.answers, machine(its, experiment), batch_size=rows)
-    else:
-        name, teacher = adversarially_trained(experiment, splits, folder)
-        answer = partial(relabel.answers, teacher)
-    found = answer(chosen.x)
-    made = relabel.relabelled(chosen, found, teacher=name)
+    found = teacher.answer(chosen.x)
+    made = relabel.relabelled(chosen, found, teacher=teacher.name)
     scale = made.y.std() / found.std()
     n = experiment.networks.n_watch
     watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
-    return aggregate.aggregated(made, lambda x: scale * answer(x), experiment, watched, folder)
+    return aggregate.aggregated(
+        made, lambda x: scale * teacher.answer(x), experiment, watched, folder
+    )
 
 
-def adversarially_trained(experiment: Experiment, splits: data.Splits, folder=None):
-    """(what tables call it, the network) of `relabelling.teacher` 'adversarial'.
+def _teacher(distilled, experiment, splits, dataset, folder) -> Teacher:
+    """That of `relabelling.teacher`; without, the machine of 'adv-kip', `distilled` before or now.
+
+    Raises:
+      ValueError, FloatingPointError: as `machine` and `training.train`, or a file that does not do.
+    """
+    path, rows = experiment.relabelling.teacher, experiment.kernel.block_size or 0
+    if path == ADVERSARIAL:
+        return _adversarially_trained(experiment, splits, folder)
+    if path is not None:
+        its = _named(path, experiment, splits)
+    else:
+        its = distilled or _distilled("adv-kip", experiment, splits, dataset, folder)
+    kernel = its.kernel or experiment.kernel
+    answer = partial(relabel.answers, machine(its, experiment), batch_size=rows)
+    return Teacher(kernel.name, kernel, answer)
+
+
+def _adversarially_trained(experiment, splits, folder) -> Teacher:
+    """The network that notebook 04 has: the first of `adversarial_training`, on original images, of
+    the first seed.
+
+    If networks of its kind are trained on the set, the first of them begins with the same weights.
 
     Raises:
       ValueError: settings without such a network; FloatingPointError: as `training.train`.
@@ -139,13 +156,12 @@ def adversarially_trained(experiment: Experiment, splits: data.Splits, folder=No
     watched = training.watched(splits, experiment.networks.n_watch, seed=experiment.seed)
     train, (net, *_) = search.Trainer(experiment, watched, folder), at.nets
     found = train(net, "original", data.draw_original(experiment, splits), adversarially=True)
-    return f"{ADVERSARIAL} {net}", found.best[0].net
+    answer = partial(relabel.answers, found.best[0].net)
+    return Teacher(f"{ADVERSARIAL} {net}", experiment.kernel, answer)
 
 
-def _teacher(experiment, splits):
-    """The set that `relabelling.teacher` names; None without."""
-    if (path := experiment.relabelling.teacher) is None:
-        return None
+def _named(path, experiment, splits) -> TrainingSet:
+    """The set that `relabelling.teacher` names."""
     arrays, settings = growth.read_same("relabelling.teacher", path, experiment, "adv-kip")
     x, y = (arrays[f"{key}_train"].astype("float32") for key in "xy")
     data.check_fits(path, x, y, splits.x_test.shape[1:], splits.n_classes)

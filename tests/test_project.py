@@ -101,6 +101,7 @@ IMPORTS = {
         "data",
         "gram",
         "growth",
+        "kernels",
         "krr",
         "objective",
         "optimizers",
