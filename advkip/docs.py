@@ -25,7 +25,7 @@ PAGES = {
 LAYERS = {
     "ground": "attack_names checked settings method_settings config grid files store progress "
     "inputs devices",
-    "engine": "kernel tiled stencil convolutional kernels gram krylov solver residuals krr "
+    "engine": "kernel tiled stencil convolutional pieces kernels gram krylov solver residuals krr "
     "losses threat ascent attacks worst_case compat",
     "PyTorch": "torch_attacks probes hard_label bridge lazy nets recipe training search",
     "sets": "data optimizers objective growth algorithm distill features relabel aggregate sets",

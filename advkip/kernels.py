@@ -1,11 +1,12 @@
 """Infinite-width neural tangent kernels: values and exact input derivatives, tile by tile.
 
-Four kinds of `kernel.Kernel`:
+Five kinds of `kernel.Kernel`:
 
 - `FullyConnected`: the NTK of a ReLU net of any depth in closed form. The value and both
   derivatives come out of one pass over the layer recursion.
 - `Convolutional`: 3x3 convolutions of any depth, with derivatives of its own (see `convolutional`).
-- `Mirrored`: one of these two, averaged over an image and its mirror image.
+- `Pieces`: one of these two, of images whose pixels are cut into pieces first (see `pieces`).
+- `Mirrored`: one of these three, averaged over an image and its mirror image.
 - `Stax`: any `neural_tangents.stax` network, differentiated by JAX (see `tiled`).
 """
 
@@ -24,6 +25,7 @@ from advkip import compat, settings
 from advkip.convolutional import Convolutional
 from advkip.devices import MANTISSA_BITS, product, rounded_product
 from advkip.kernel import Kernel, as_floats
+from advkip.pieces import Pieces
 from advkip.tiled import (
     Stax,
     arccos,
@@ -33,7 +35,7 @@ from advkip.tiled import (
 )
 
 __all__ = [
-    "Convolutional", "FullyConnected", "Mirrored", "Stax",
+    "Convolutional", "FullyConnected", "Mirrored", "Pieces", "Stax",
     "by_name", "set_precision", "stax_module",
 ]  # fmt: skip
 
@@ -242,17 +244,17 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> Kernel:
     'convN' has N 3x3 convolutions with SAME padding and ReLU, flattened, no pooling.
 
     Args:
-      name: 'fc' or 'conv' followed by the number of hidden layers, and by '-mirror' if it shall be
-        `Mirrored`.
+      name: 'fc' or 'conv' followed by the number of hidden layers, by '-pieces' and a number from 2
+        to 9 for that many `Pieces` of a pixel, and by '-mirror' if it shall be `Mirrored`.
       W_std, b_std: standard deviations of weights and biases of every layer.
 
     Returns:
-      A `FullyConnected` or a `Convolutional` kernel, or one of them `Mirrored`.
+      A `FullyConnected` or a `Convolutional` kernel, or one of them in `Pieces` or `Mirrored`.
 
     Raises:
       ValueError: another name.
     """
-    match = re.fullmatch(r"(fc|conv)([1-9]\d?)(-mirror)?", name)
+    match = re.fullmatch(r"(fc|conv)([1-9]\d?)(?:-pieces([2-9]))?(-mirror)?", name)
     if not match:
         raise ValueError(
             f"expected a kernel name such as 'fc3' or 'conv3', got {name!r}; "
@@ -260,7 +262,8 @@ def by_name(name, *, W_std=math.sqrt(2), b_std=0.1) -> Kernel:
         )
     kind = FullyConnected if match[1] == "fc" else Convolutional
     kernel = kind(int(match[2]), W_std, b_std)
-    return Mirrored(kernel) if match[3] else kernel
+    kernel = Pieces(kernel, int(match[3])) if match[3] else kernel
+    return Mirrored(kernel) if match[4] else kernel
 
 
 def of(section: settings.Kernel) -> Kernel:
@@ -276,8 +279,8 @@ def rounded(kernel, precision) -> Kernel:
     """
     if precision == "full":
         return kernel
-    if isinstance(kernel, Mirrored):
-        return Mirrored(rounded(kernel.kernel, precision))
+    if isinstance(kernel, Mirrored | Pieces):
+        return dataclasses.replace(kernel, kernel=rounded(kernel.kernel, precision))
     if not hasattr(kernel, "precision"):
         raise ValueError(
             f"expected a kernel with a precision, as 'fc3', for attack_precision {precision!r}, "

@@ -71,8 +71,8 @@ class Data(Section):
 
 
 class Kernel(Section):
-    name: Annotated[str, Field(pattern=r"^(fc|conv)[1-9]\d?(-mirror)?$")] = "fc3"
-    """fc1, ... or conv1, ...: a family and a number of hidden layers; fc1-mirror: see `Mirrored`"""
+    name: Annotated[str, Field(pattern=r"^(fc|conv)[1-9]\d?(-pieces[2-9])?(-mirror)?$")] = "fc3"
+    """fc1, conv3, ...: family and number of hidden layers; fc3-pieces3, fc1-mirror: `kernels`"""
     W_std: Positive = 2**0.5
     """standard deviation of the weights"""
     b_std: NotNegative = 0.1

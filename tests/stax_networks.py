@@ -1,5 +1,7 @@
 """The paper's networks in neural_tangents, which our kernels are measured against."""
 
+import jax.numpy as jnp
+
 from advkip import kernels
 
 
@@ -22,3 +24,13 @@ def convolutional(depth, W_std=2**0.5, b_std=0.1):
 def mirrored(kernel_fn):
     """kernel_fn(x, s, "ntk") of the mean of another over an image and its mirror image."""
     return lambda x, s, get: (kernel_fn(x, s, get) + kernel_fn(x, s[:, :, ::-1], get)) / 2
+
+
+def in_pieces(kernel_fn, n):
+    """kernel_fn(x, s, "ntk") of another, of images whose pixels are cut into n pieces."""
+
+    def cut(x):
+        ramps = [x, *(jnp.maximum(x - j / n, 0) for j in range(1, n)), jnp.zeros_like(x)]
+        return jnp.concatenate([a - b for a, b in zip(ramps[:-1], ramps[1:], strict=True)], -1)
+
+    return lambda x, s, get: kernel_fn(cut(x), cut(s), get)

@@ -61,11 +61,12 @@ def test_fit_equals_scikit_learn(rng):
     )
 
 
-@pytest.mark.parametrize("name", ["fc3", "conv1", "fc3-mirror"])
+@pytest.mark.parametrize("name", ["fc3", "conv1", "fc3-mirror", "fc3-pieces3"])
 def test_gradient_equals_autodiff_through_the_solve(rng, name):
     given = problem(rng, S=12 if name == "conv1" else 24)
     theirs = {"fc3": stax_networks.fully_connected(3), "conv1": stax_networks.convolutional(1)}
     theirs["fc3-mirror"] = stax_networks.mirrored(theirs["fc3"])
+    theirs["fc3-pieces3"] = stax_networks.in_pieces(theirs["fc3"], 3)
     ours = our_gradient(kernels.by_name(name), *given)
     expected = jax.jit(partial(autodiff_gradient, theirs[name]))(*given)
     assert relative(ours.x_support, expected[0]) < 1e-6
