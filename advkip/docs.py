@@ -27,7 +27,8 @@ LAYERS = {
     "inputs devices",
     "engine": "kernel tiled stencil convolutional pieces kernels gram krylov solver residuals krr "
     "losses threat ascent attacks worst_case compat",
-    "PyTorch": "torch_attacks probes hard_label bridge lazy nets recipe training search",
+    "PyTorch": "torch_attacks probes hard_label bridge lazy architectures nets recipe training "
+    "search",
     "sets": "data optimizers objective growth algorithm distill features relabel aggregate sets",
     "judgement": "models answers evaluate published verdict questions diagnose",
     "paper": "figures pictures preflight records tables ablation texts report panel signals "

@@ -4,18 +4,16 @@ Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisat
 layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
 """
 
-import math
 import re
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 
-from advkip import data, inputs, lazy
-from advkip.settings import CONV_NET, FC_NET
+from advkip import architectures, data, inputs, lazy
+from advkip.settings import CNNS, CONV_NET, FC_NET, PIECES
 
 
 def build(name, *, shape, n_classes, seed) -> nn.Module:
@@ -28,7 +26,8 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
         images; vgg11 with batch normalisation); 'fc3-1024x4', an `Ensemble` of 4 (up to 9) of the
         first; or what a kernel is at infinite width, see `lazy`:
         'fc3-1024-ntk', 'conv1-256-ntk' (1 convolution of 256 channels, ReLU, a linear layer), and
-        with a scale of 0.1 (below 1, or an integer) 'fc3-1024-ntk0.1'.
+        with a scale of 0.1 (below 1, or an integer) 'fc3-1024-ntk0.1'. Any of them ends with
+        '-pieces3' if 3 (2 to 9) `pieces` of each pixel go into it.
       shape: (H, W, C) of an image.
       n_classes: 2 or more.
       seed: of the weights.
@@ -39,36 +38,35 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     Raises:
       ValueError: another name.
     """
-    net: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
-        if match := re.fullmatch(FC_NET, name) or re.fullmatch(CONV_NET, name):
-            sizes = shape, int(match[1]), int(match[2]), n_classes
-            if several := re.search(r"x(\d)$", name):
-                net = Ensemble(_fully_connected(*sizes) for _ in range(int(several[1])))
-            elif "-ntk" in name:
-                make = lazy.convolutional if name.startswith("conv") else lazy.fully_connected
-                net = make(*sizes, float(match[3] or 1))
-            else:
-                net = _fully_connected(*sizes)
-        elif name in BUILDERS:
-            net = BUILDERS[name](shape, n_classes)
-        else:
+        plain, _, pieces = name.partition("-pieces")
+        if not re.fullmatch(rf"({FC_NET}|{CONV_NET}|{'|'.join(CNNS)}){PIECES}", name):
             raise ValueError(
-                f"expected a network in {['fc3-1024', 'conv1-256-ntk', *BUILDERS]}, got {name!r}; "
+                f"expected a network in {['fc3-1024', 'conv1-256-ntk', *CNNS]}, got {name!r}; "
                 "pass one of them (any depth and width for fc and conv), or a torch.nn.Module of "
                 "your own to training.train"
             )
+        net: Any = _plain(plain, (*shape[:2], shape[2] * int(pieces or 1)), n_classes)
+        if pieces:
+            first = architectures.Pieces(int(pieces))
+            parts = [nn.Sequential(first, net) for net in members(net)]
+            net = Ensemble(parts) if len(parts) > 1 else parts[0]
     # Channels last in memory: up to twice as fast on CPUs, and what tensor cores want.
     return net.to(device(), memory_format=torch.channels_last)
 
 
-def _fully_connected(shape, depth, width, n_classes):
-    layers, before = [nn.Flatten()], math.prod(shape)
-    for _ in range(depth):
-        layers += [nn.Linear(before, width), nn.ReLU()]
-        before = width
-    return nn.Sequential(*layers, nn.Linear(before, n_classes))
+def _plain(name, shape, n_classes):
+    match = re.fullmatch(FC_NET, name) or re.fullmatch(CONV_NET, name)
+    if not match:
+        return architectures.BUILDERS[name](shape, n_classes)
+    sizes = shape, int(match[1]), int(match[2]), n_classes
+    if several := re.search(r"x(\d)$", name):
+        return Ensemble(architectures.fully_connected(*sizes) for _ in range(int(several[1])))
+    if "-ntk" not in name:
+        return architectures.fully_connected(*sizes)
+    make = lazy.convolutional if name.startswith("conv") else lazy.fully_connected
+    return make(*sizes, float(match[3] or 1))
 
 
 class Ensemble(nn.Module):
@@ -89,47 +87,6 @@ class Ensemble(nn.Module):
 def members(net) -> list[nn.Module]:
     """The networks of an `Ensemble`; of any other network itself."""
     return list(net.members) if isinstance(net, Ensemble) else [net]
-
-
-def _simple_cnn(shape, n_classes):
-    height, width, channels = shape
-    layers = []
-    for before in (channels, 64, 64):
-        layers += [nn.Conv2d(before, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 2)]
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(64 * (height // 8) * (width // 8), n_classes)
-    )
-
-
-def _alexnet(shape, n_classes):
-    """AlexNet's five convolutions and three linear layers; 2x2 pooling, small first kernel."""
-    net = torchvision.models.AlexNet(num_classes=n_classes)
-    features = [nn.Conv2d(shape[2], 64, 3, stride=2, padding=1), *list(net.features)[1:]]
-    features[3] = nn.Conv2d(64, 192, 3, padding=1)
-    net.features = _small_pools(features)
-    net.avgpool = nn.AdaptiveAvgPool2d((2, 2))
-    net.classifier[1] = nn.Linear(256 * 2 * 2, 4096)
-    return net
-
-
-def _vgg11(shape, n_classes):
-    """VGG11's eight convolutions (with batch normalisation) and one linear layer."""
-    features = list(torchvision.models.vgg11_bn().features)
-    features[0] = nn.Conv2d(shape[2], 64, 3, padding=1)
-    return nn.Sequential(
-        _small_pools(features), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(),
-        nn.Linear(512, n_classes),
-    )  # fmt: skip
-
-
-def _small_pools(layers):
-    """2x2 pools that keep at least one pixel, so that 8x8 images pass, too."""
-    return nn.Sequential(
-        *(nn.MaxPool2d(2, 2, ceil_mode=True) if isinstance(v, nn.MaxPool2d) else v for v in layers)
-    )
-
-
-BUILDERS = {"simple-cnn": _simple_cnn, "alexnet": _alexnet, "vgg11": _vgg11}
 
 
 HALF = (torch.float16, torch.bfloat16)

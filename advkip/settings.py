@@ -48,11 +48,11 @@ FC_NET = rf"fc([1-9]\d?)-([1-9]\d*)(?:{_NTK}|x[2-9])?"
 CONV_NET = rf"conv([1-9])-([1-9]\d*){_NTK}"
 """Names of convolutional networks in the NTK's parametrisation: convolutions, channels, scale."""
 
-CNNS = ("simple-cnn", "alexnet", "vgg11")
+CNNS, PIECES = ("simple-cnn", "alexnet", "vgg11"), r"(?:-pieces[2-9])?"
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 
-Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{CONV_NET}|{'|'.join(CNNS)})$")]
+Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{CONV_NET}|{'|'.join(CNNS)}){PIECES}$")]
 Nets = Annotated[tuple[Net, ...], BeforeValidator(listed)]
 Attacks = Annotated[
     tuple[Annotated[str, AfterValidator(named_attack)], ...], BeforeValidator(listed)
@@ -71,7 +71,7 @@ class Data(Section):
 
 
 class Kernel(Section):
-    name: Annotated[str, Field(pattern=r"^(fc|conv)[1-9]\d?(-pieces[2-9])?(-mirror)?$")] = "fc3"
+    name: Annotated[str, Field(pattern=rf"^(fc|conv)[1-9]\d?{PIECES}(-mirror)?$")] = "fc3"
     """fc1, conv3, ...: family and number of hidden layers; fc3-pieces3, fc1-mirror: `kernels`"""
     W_std: Positive = 2**0.5
     """standard deviation of the weights"""

@@ -1,19 +1,31 @@
 """Architectures as the paper has them; weights from the seed alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from advkip import kernels, nets
+from advkip import architectures, kernels, nets, pieces
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "name", ["fc1-16", "fc3-1024", "fc3-64-ntk", "conv2-8-ntk", "simple-cnn", "alexnet", "vgg11"]
+    "name",
+    [
+        "fc1-16",
+        "fc3-1024",
+        "fc3-64-ntk",
+        "conv2-8-ntk",
+        "simple-cnn",
+        "alexnet",
+        "vgg11",
+        "fc1-16-pieces3",
+        "simple-cnn-pieces2",
+    ],
 )
 def test_logits_for_every_size(rng, name, shape):
     net = nets.build(name, shape=shape, n_classes=7, seed=0).eval()
@@ -90,6 +102,37 @@ def test_representation_is_what_the_last_layer_sees(rng, name):
     assert not last._forward_pre_hooks  # nothing stays behind
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_pieces_are_those_of_the_kernel(rng, n):
+    x = rng.uniform(-0.2, 1.2, (4, 5, 5, 3)).astype("float32")
+    layer = architectures.Pieces(n)
+    np.testing.assert_allclose(
+        nets.to_array(layer(nets.to_tensor(x))), pieces.encode(x, n), atol=1e-6
+    )
+    weights = rng.normal(size=(4, 5, 5, 3 * n)).astype("float32")
+    x[0, 0] = 1 / np.float32(n)  # where two pieces meet
+    given = nets.to_tensor(x).requires_grad_()
+    (layer(given) * nets.to_tensor(weights)).sum().backward()
+    _, pull = jax.vjp(lambda x: pieces.encode(x, n), jnp.asarray(x))
+    np.testing.assert_allclose(nets.to_array(given.grad), pull(weights)[0], atol=1e-6)
+
+
+def test_networks_of_pieces():
+    plain = nets.build("fc2-8", shape=(4, 4, 9), n_classes=3, seed=1)
+    net = nets.build("fc2-8-pieces3", shape=(4, 4, 3), n_classes=3, seed=1)
+    for ours, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0)
+    x = torch.rand(2, 3, 4, 4, device=nets.device())
+    torch.testing.assert_close(net(x), plain(architectures.Pieces(3)(x)))
+    several = nets.build("fc2-8x2-pieces3", shape=(4, 4, 3), n_classes=3, seed=1)
+    assert len(nets.members(several)) == 2
+    torch.testing.assert_close(several(x), sum(one(x) for one in nets.members(several)) / 2)
+    assert nets.representation(net, x).shape == (2, 8)
+    for name in ("fc2-8-pieces1", "fc2-8-pieces3x2", "pieces3"):
+        with pytest.raises(ValueError, match="expected a network in"):
+            nets.build(name, shape=(4, 4, 3), n_classes=3, seed=1)
+
+
 def test_representation_without_a_linear_layer():
     with pytest.raises(ValueError, match="expected a network with a linear layer"):
         nets.representation(torch.nn.Flatten(), torch.zeros(1, 1, 8, 8))
@@ -134,6 +177,7 @@ def test_bad_input():
         ("fc2-4096-ntk10", "fc2", 1),
         ("conv1-4096-ntk", "conv1", 2),
         ("conv2-1024-ntk0.5", "conv2", 1),
+        ("fc2-4096-ntk-pieces2", "fc2-pieces2", 1),
     ],  # fmt: skip
 )
 def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channels):
@@ -145,7 +189,7 @@ def test_ntk_parametrisation_trains_as_the_kernel_says(rng, name, kernel, channe
     net = nets.build(name, shape=shape, n_classes=3, seed=0)
     with torch.no_grad():
         assert (net(nets.to_tensor(x)) == 0).all()
-    rate = 0.03 if "conv" in name else 0.01
+    rate = 0.04 if "pieces" in name else 0.03 if "conv" in name else 0.01
     loss = ((net(nets.to_tensor(x)) - torch.as_tensor(y).to(nets.device())) ** 2).sum() / 2
     loss.backward()
     with torch.no_grad():

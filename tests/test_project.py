@@ -79,7 +79,8 @@ IMPORTS = {
     "data": {"config", "files", "inputs", "settings"},
     "objective": {"attacks", "data", "kernels", "krr", "losses", "method_settings", "threat"},
     "lazy": set(),
-    "nets": {"data", "inputs", "lazy", "settings"},
+    "architectures": set(),
+    "nets": {"architectures", "data", "inputs", "lazy", "settings"},
     "published": {"nets", "threat", "torch_attacks"},
     "recipe": {"attacks", "config", "inputs", "nets", "settings"},
     "training": {
