@@ -61,7 +61,7 @@ class Experiment(Section):
     relabelling: s.Relabelling = s.Relabelling()
     robust_features: s.RobustFeatures = s.RobustFeatures()
     diagnosis: s.Diagnosis = s.Diagnosis()
-    remedies: s.Remedies = s.Remedies()
+    remedies: m.Remedies = m.Remedies()
     evaluation: s.Evaluation = s.Evaluation()
 
     @model_validator(mode="after")

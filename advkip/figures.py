@@ -108,6 +108,21 @@ def kernel_profile(cosines, values) -> Figure:
     return figure
 
 
+def encoding(values, parts) -> Figure:
+    """What a kernel of `pieces.Pieces` sees of a pixel.
+
+    Args:
+      values: of the pixel, shape (n,); parts: its pieces, shape (n, number of pieces).
+    """
+    figure, (axis,) = _panels(1)
+    for number, part in enumerate(np.transpose(parts), 1):
+        axis.plot(values, part, label=f"piece {number}")
+    axis.set(xlabel="value of a pixel", ylabel="what the kernel sees")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 def accuracy_against(values, accuracies, *, label, log=False, levels=None) -> Figure:
     """Accuracy against a setting, as the attack radius or a network's width.
 

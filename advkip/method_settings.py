@@ -1,11 +1,11 @@
-"""The section of settings of Algorithm 1, and what its switches choose from."""
+"""The sections of settings of Algorithm 1 and its variants, and what its switches choose from."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from advkip.checked import Count, NotNegative, Number, Positive, Section
-from advkip.settings import Chooser
+from advkip.checked import Count, NotNegative, Number, Positive, Rates, Section, listed
+from advkip.settings import AS_GIVEN, ORIGINAL_IMAGES, Chooser, Loss, Nets, Networks
 
 InnerLoss = Literal["cross-entropy", "mse", "margin", "dlr", "targeted", "mixture"]
 OuterLoss = Literal["cross-entropy", "mse", "hinge", "squared-hinge"]
@@ -100,3 +100,55 @@ SWITCHES = (
 """Settings of Algorithm 1 that came later than checkpoints that still go on."""
 
 KIP = Distillation(pgd_steps=0, outer_loss="mse", learning_rate=1e-3, label_learning_rate=1e-3)
+
+
+class Variant(Section):
+    """Settings that a distillation changes, in sections (notebook 05)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    kernel: dict[str, Any] = {}
+    support: dict[str, Any] = {}
+    adv_kip: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _differs(self):
+        taken = self.name == AS_GIVEN or self.name.startswith(ORIGINAL_IMAGES)
+        if taken or "dtype" in self.kernel:
+            raise ValueError(
+                f"expected a variant of another name than {AS_GIVEN!r} and {ORIGINAL_IMAGES!r} and "
+                f"without a dtype of its own, got {self.name!r} and {self.kernel}; pass such a one"
+            )
+        return self
+
+
+HINGE = {"choose_by": "worst-case", "inner_loss": "margin", "outer_loss": "hinge"}
+
+
+class Remedies(Networks):
+    """Of notebook 05: variants of the distillation, and networks on the set of one of them."""
+
+    variants: Annotated[tuple[Variant, ...], BeforeValidator(listed)] = (
+        Variant(name="another judge", adv_kip={"choose_by": "worst-case"}),
+        Variant(name="FC1, margin and hinge", kernel={"name": "fc1"}, adv_kip=HINGE),
+        Variant(name="the same in 3 pieces", kernel={"name": "fc1-pieces3"}, adv_kip=HINGE),
+    )
+    hand_on: str = "FC1, margin and hinge"
+    """whose set the networks are trained on: a variant's, or 'as given'"""
+    nets: Nets = ("fc1-256-ntk0.1", "fc1-2048-ntk0.1")
+    epochs: Count = 100
+    batch_size: Count | None = None
+    optimizer: Literal["adam", "sgd"] = "sgd"
+    learning_rates: Rates = (2.0,)
+    eval_every: Count = 20
+    loss: Loss = "mse"
+    target: Literal["labels", "softmax", "argmax"] = "labels"
+
+    @model_validator(mode="after")
+    def _known(self):
+        names = [AS_GIVEN, *(one.name for one in self.variants)]
+        if self.hand_on not in names or len(set(names)) < len(names):
+            raise ValueError(
+                f"expected hand_on to be one of the variants, each of a name of its own, got "
+                f"{self.hand_on!r} and {names}; pass hand_on: {AS_GIVEN!r}, say"
+            )
+        return self

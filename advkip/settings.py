@@ -4,7 +4,7 @@ The defaults are the seconds-on-a-CPU case on scikit-learn's digits, and the onl
 show them. `null` means "none", "never" or "all", as the field says.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -292,56 +292,6 @@ class Evaluation(Section):
 
 AS_GIVEN, ORIGINAL_IMAGES = "as given", "original images"
 """Rows of notebook 05 that are no variants."""
-
-
-class Variant(Section):
-    """Settings that a distillation changes, in sections (notebook 05)."""
-
-    name: Annotated[str, Field(min_length=1)]
-    kernel: dict[str, Any] = {}
-    support: dict[str, Any] = {}
-    adv_kip: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _differs(self):
-        if self.name in (AS_GIVEN, ORIGINAL_IMAGES) or "dtype" in self.kernel:
-            raise ValueError(
-                f"expected a variant of another name than {AS_GIVEN!r} and {ORIGINAL_IMAGES!r} and "
-                f"without a dtype of its own, got {self.name!r} and {self.kernel}; pass such a one"
-            )
-        return self
-
-
-HINGE = {"choose_by": "worst-case", "inner_loss": "margin", "outer_loss": "hinge"}
-
-
-class Remedies(Networks):
-    """Of notebook 05: variants of the distillation, and networks on the set of one of them."""
-
-    variants: Annotated[tuple[Variant, ...], BeforeValidator(listed)] = (
-        Variant(name="another judge", adv_kip={"choose_by": "worst-case"}),
-        Variant(name="FC1, margin and hinge", kernel={"name": "fc1"}, adv_kip=HINGE),
-    )
-    hand_on: str = "FC1, margin and hinge"
-    """whose set the networks are trained on: a variant's, or 'as given'"""
-    nets: Nets = ("fc1-256-ntk0.1", "fc1-2048-ntk0.1")
-    epochs: Count = 100
-    batch_size: Count | None = None
-    optimizer: Literal["adam", "sgd"] = "sgd"
-    learning_rates: Rates = (2.0,)
-    eval_every: Count = 20
-    loss: Loss = "mse"
-    target: Literal["labels", "softmax", "argmax"] = "labels"
-
-    @model_validator(mode="after")
-    def _known(self):
-        names = [AS_GIVEN, *(one.name for one in self.variants)]
-        if self.hand_on not in names or len(set(names)) < len(names):
-            raise ValueError(
-                f"expected hand_on to be one of the variants, each of a name of its own, got "
-                f"{self.hand_on!r} and {names}; pass hand_on: {AS_GIVEN!r}, say"
-            )
-        return self
 
 
 FULLY_CONNECTED = Networks(

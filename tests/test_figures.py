@@ -95,6 +95,15 @@ def test_curves():
     assert len(figure.legends[0].get_texts()) == 4
 
 
+def test_encoding_shows_each_piece():
+    values = np.linspace(0, 1, 5)
+    parts = np.stack([values / 2, values**2, 1 - values], 1)
+    (axis,) = figures.encoding(values, parts).axes
+    assert [line.get_label() for line in axis.lines] == ["piece 1", "piece 2", "piece 3"]
+    for line, part in zip(axis.lines, parts.T, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), part)
+
+
 def test_one_legend_has_what_any_panel_has():
     line = {"step": 0, "clean": 0.9, "fgsm": 0.5, "pgd": 0.4}
     figure = figures.training_curves({"a": [line], "b": [line | {"strong": 0.1}]})
