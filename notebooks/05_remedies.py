@@ -151,12 +151,12 @@ for title, history in judged.items():
 # ## What a kernel can tell apart
 #
 # An l_inf attack moves *every* pixel a little. The kernel of a fully connected net knows two images
-# by their inner product and norms: it is the same if one turns both in the space of all pixels, so
-# to it many small changes are as good as one large one. A network may learn to look at a pixel
-# through a threshold, and adversarially trained ones do so on MNIST (Madry et al. 2018). A kernel
-# cannot learn that, but it can be given pixels in a form in which it is possible: `fc1-pieces3`
-# cuts each into 3 *pieces* first (`advkip.pieces`), a fixed layer of ReLUs on single pixels.
-# Nothing is rounded or thrown away; the pieces add up to the pixel.
+# by their inner product and norms: it stays the same if one turns both in the space of all pixels,
+# so single pixels are nothing special to it, and only the training images can tell its machine
+# which directions matter. A network may learn to look at a pixel through a threshold, and
+# adversarially trained ones do so on MNIST (Madry et al. 2018). To a kernel it can be given: with
+# `fc1-pieces3` each pixel is cut into 3 *pieces* first (`advkip.pieces`), a fixed layer of ReLUs on
+# single pixels. Nothing is rounded or thrown away; the pieces add up to the pixel.
 
 # %%
 values = np.linspace(0, 1, 61)
@@ -165,39 +165,48 @@ figures.save(figures.encoding(values, parts), folder, "remedies_pieces")
 
 # %% [markdown]
 # A machine of such a kernel may disregard what moves a pixel at its dark or bright end, and heed
-# what takes it across the middle. Whether it does is up to its images: below there is a line for
-# original images with each of the kernels.
+# what takes it across the middle: a black or white pixel that moves by less than a third leaves
+# piece 2 as it is. That suits images of nearly black and white pixels, and a radius below 1/3.
+# Whether a machine does it is up to its images: below there is a line for original images with each
+# of the kernels.
 #
 # ## What a switch is worth
 #
-# The kernel machine of each variant under AutoAttack, with a verdict, beside those of original
-# images. *Margin and hinge*: the attack climbs the margin, and the outer loss is the hinge, which
-# asks for a margin and for nothing beyond. What goes into the objective is written out in
-# `advkip.objective`, the losses in `advkip.losses`. (A verdict on few images is *inconclusive*.)
+# The kernel machine of each variant under AutoAttack, with a verdict, beside that of original
+# images with its kernel. *Margin and hinge*: the attack climbs the margin, and the outer loss is
+# the hinge, which asks for a margin and for nothing beyond. What goes into the objective is written
+# out in `advkip.objective`, the losses in `advkip.losses`. (A verdict on few images is
+# *inconclusive*.)
+
+# %%
+yardsticks = {}  # original images, once for each kernel and number of images
+for title, own in runs.items():
+    if all((own.kernel, own.support) != (o.kernel, o.support) for o in yardsticks.values()):
+        yardsticks[f"{settings.ORIGINAL_IMAGES} for {title}"] = own
+made = {title: (result.x_support, result.y_support) for title, result in distilled.items()}
+for title, own in yardsticks.items():
+    made[title] = distill.initial_support(own, data.split(images, own))
 
 # %%
 x_test, y_test = data.draw_test(splits, experiment.evaluation.n_test, seed=experiment.seed)
 protocol = evaluate.Protocol.of(experiment, folder)
 n = experiment.diagnosis.n_images
-originals = {f"{settings.ORIGINAL_IMAGES}, {own.kernel.name}": own for own in runs.values()}
 outcomes, verdicts = {}, {}
-for title, own in (originals | runs).items():
-    if title in runs:
-        pair = distilled[title].x_support, distilled[title].y_support
-    else:
-        pair = distill.initial_support(own, data.split(images, own))
-    one = data.TrainingSet(*pair, own.kernel)
+for title, own in (yardsticks | runs).items():
+    one = data.TrainingSet(*made[title], own.kernel)
     machine = sets.machine(one, experiment)
     names = {"trained_on": "original"}
     if title in runs:
-        names = {"trained_on": "adv-kip", "variant": title}
         verdicts[title] = diagnose.by_protocol(
             protocol, machine, x_test[:n], y_test[:n], n_steps=experiment.networks.pgd_steps
         )
+        names = {"trained_on": "adv-kip", "variant": title}
+    elif own is not experiment:
+        names["variant"] = title.removeprefix(f"{settings.ORIGINAL_IMAGES} ")
     outcomes[title] = protocol(machine, x_test, y_test)
     recorder.add(
-        outcomes[title], model=f"kernel:{one.kernel.name}", training="kernel",
-        diagnosis=verdicts.get(title), **names, **records.of_set(one),
+        outcomes[title], model=f"kernel:{one.kernel.name}", training="kernel", **names,
+        diagnosis=verdicts.get(title), **records.of_set(one),
     )  # fmt: skip
 recorder.write()
 
