@@ -1,4 +1,5 @@
-"""The layers of the paper's networks, for images of a shape (H, W, C), with random weights."""
+"""The layers of the paper's networks, for images of a shape (H, W, C) and so many classes; weights
+are random."""
 
 import math
 
@@ -21,9 +22,12 @@ class Pieces(nn.Module):
         # Where two pieces meet, torch.maximum and minimum share the slope, as JAX does.
         parts = []
         for j in range(self.n):
-            low, high = (x.new_tensor(end / self.n) for end in (j, j + 1))
-            part = x if j == 0 else torch.maximum(x, low)
-            parts.append((part if j + 1 == self.n else torch.minimum(part, high)) - low)
+            part = x
+            if j > 0:
+                part = torch.maximum(part, x.new_full((), j / self.n))
+            if j + 1 < self.n:
+                part = torch.minimum(part, x.new_full((), (j + 1) / self.n))
+            parts.append(part - j / self.n)
         return torch.cat(parts, 1)
 
 

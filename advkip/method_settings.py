@@ -115,8 +115,9 @@ class Variant(Section):
         taken = self.name == AS_GIVEN or self.name.startswith(ORIGINAL_IMAGES)
         if taken or "dtype" in self.kernel:
             raise ValueError(
-                f"expected a variant of another name than {AS_GIVEN!r} and {ORIGINAL_IMAGES!r} and "
-                f"without a dtype of its own, got {self.name!r} and {self.kernel}; pass such a one"
+                f"expected a variant whose name is not {AS_GIVEN!r} and does not begin with "
+                f"{ORIGINAL_IMAGES!r}, without a dtype of its own, got {self.name!r} and "
+                f"{self.kernel}; pass such a one"
             )
         return self
 

@@ -17,19 +17,25 @@ class Pieces(Kernel):
 
         phi_j(a) = clip(a, (j - 1) / n, j / n) - (j - 1) / n,   j = 1, ..., n,
 
-    where the first piece has no lower end and the last none above, so that they add up to a. This
-    is the piecewise linear encoding of Gorishniy et al. (2022, On Embeddings for Numerical
-    Features), a thermometer code (Buckman et al. 2018) without its steps: a fixed first layer of
-    ReLUs on single pixels, phi_j(a) = relu(a - (j - 1) / n) - relu(a - j / n). Nothing is rounded,
-    and no gradient is lost: at every a one piece has slope 1, and between two of them each has 1/2.
+    where the first piece has no lower end and the last none above, so that they add up to a. In
+    [0, 1] phi_j(a) = relu(a - (j - 1) / n) - relu(a - j / n): a fixed first layer of ReLUs on
+    single pixels. It is the piecewise linear encoding of Gorishniy et al. (2022, On Embeddings for
+    Numerical Features) without its division by the width of a piece, and a thermometer code
+    (Buckman et al. 2018) without its steps. Nothing is rounded, and no gradient is lost: at every a
+    one piece has slope 1, and between two of them each has 1/2.
 
     Why: the NTK of a fully connected net knows two images by their inner product and norms alone,
-    so its machines cannot tell 784 small changes from as long a large one. With pieces they can
-    learn to disregard what moves a pixel between 0 and 1/n and heed what takes it across the
-    middle; whether they do is up to the training set.
+    so it has no preference between a change of all pixels and one as long of a few; only the
+    support can tell its machine which directions matter. With pieces a pixel near 0 or 1 that
+    moves by less than 1/n leaves the middle ones as they are, and a machine may heed those. Whether
+    it does is up to the training set.
+
+    A pixel of 1 is n pieces of 1/n, and k divides by n times as many inputs: next to b_std^2 what
+    depends on the image is up to n^2 times smaller than without pieces.
 
     Args:
-      kernel: k, of images with n times as many channels.
+      kernel: k, of images with n times as many channels, of which n S D numbers are held for a
+        support of S images of D, and as many for its gradient.
       n: pieces of a pixel, 2 or more.
 
     Raises:
@@ -70,7 +76,7 @@ def _pull(pull, pull_x, pull_s, w):
 
 
 def encode(x, n) -> jax.Array:
-    """phi(x) of images (N, H, W, C): (N, H, W, n C), piece 1 of all channels first."""
+    """phi(x) of images (N, H, W, C) in [0, 1]: (N, H, W, n C), piece 1 of all channels first."""
     x = as_floats(x)
     ends = [-jnp.inf, *(j / n for j in range(1, n)), jnp.inf]
     pieces = [jnp.clip(x, ends[j], ends[j + 1]) - j / n for j in range(n)]

@@ -48,7 +48,10 @@ FC_NET = rf"fc([1-9]\d?)-([1-9]\d*)(?:{_NTK}|x[2-9])?"
 CONV_NET = rf"conv([1-9])-([1-9]\d*){_NTK}"
 """Names of convolutional networks in the NTK's parametrisation: convolutions, channels, scale."""
 
-CNNS, PIECES = ("simple-cnn", "alexnet", "vgg11"), r"(?:-pieces[2-9])?"
+CNNS = ("simple-cnn", "alexnet", "vgg11")
+PIECES = r"(?:-pieces[2-9])?"
+"""How the name of a network or a kernel of `pieces` ends."""
+
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 

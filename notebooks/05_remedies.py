@@ -301,8 +301,9 @@ if widths:
 # (`advkip.relabel`). With `relabelling.rounds` a scout, a network of the same training, is attacked
 # and the attacked images join the set, labelled by the machine as well, so that it also says what
 # the machine answers where networks err (`advkip.aggregate`). Put it among `networks.sets` in
-# notebooks 2 to 4; `noisy`, the same images with their classes, is its yardstick. A network can be
-# given pieces, too (`fc3-1024-pieces3`).
+# notebooks 2 to 4; `noisy`, the same images with their classes, is its yardstick. The network of a
+# kernel of pieces is named like it: `fc1-256-ntk0.1-pieces3`, and `fc3-1024-pieces3` of the usual
+# kind.
 #
 # ## Other people's figures
 #

@@ -313,7 +313,8 @@ def test_variants_are_experiments_of_their_own():
             "^expected remedies.variants to be .* 'a b': kernel.name: exp",
         ),
         ({"kernel": {"dtype": "float64"}}, "without a dtype of its own, got 'a b'"),
-        ({"name": "as given"}, "expected a variant of another name than 'as given'"),
+        ({"name": "as given"}, "expected a variant whose name is not 'as given'"),
+        ({"name": "original images for a"}, "and does not begin with 'original images'"),
         (
             {"name": "c"},
             "expected hand_on to be one of the variants.*got 'a b' and .'as given', 'c'",

@@ -15,10 +15,8 @@ from advkip import (
     kernel,
     kernels,
     krr,
-    pieces,
     tiled,
 )
-from tests import stax_networks
 from tests.sections import experiment
 from tests.stax_networks import convolutional as stax_conv
 from tests.stax_networks import fully_connected as stax_fc
@@ -98,7 +96,7 @@ def test_pullback_equals_autodiff_through_neural_tangents(rng, name):
         np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["fc2", "conv2"])
+@pytest.mark.parametrize("name", ["fc2", "conv2", "fc2-pieces2"])
 def test_mirrored(rng, name):
     x, s, w = images(rng, 4), images(rng, 6), jnp.asarray(rng.normal(size=(4, 6)))
     plain, kernel = kernels.by_name(name), kernels.by_name(f"{name}-mirror")
@@ -130,63 +128,6 @@ def test_mirrored_regression_is_that_on_the_images_and_their_mirror_images(rng):
     np.testing.assert_allclose(machine(x[:, :, ::-1]), machine(x), rtol=1e-9)
 
 
-def cut(x, n):
-    """The pieces of pixels by the definition, one at a time."""
-    ends = [j / n for j in range(n + 1)]
-    pieces = [np.clip(x, low, high) - low for low, high in zip(ends[:-1], ends[1:], strict=True)]
-    pieces[0] += np.minimum(x, 0)
-    pieces[-1] += np.maximum(x, 1) - 1
-    return np.concatenate(pieces, -1)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("n", [2, 3, 9])
-def test_pieces_of_a_pixel(rng, n, channels):
-    x = rng.uniform(-0.5, 1.5, (5, 4, 4, channels))
-    encoded = pieces.encode(x, n)
-    np.testing.assert_allclose(encoded, cut(x, n), atol=1e-12)
-    parts = encoded.reshape(*x.shape[:3], n, channels)
-    np.testing.assert_allclose(parts.sum(3), x, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["fc2", "conv2"])
-def test_the_kernel_of_pieces(rng, name):
-    x, s = (rng.uniform(-0.5, 1.5, (m, 6, 6, 2)) for m in (4, 7))
-    w, kernel = jnp.asarray(rng.normal(size=(4, 7))), kernels.by_name(f"{name}-pieces3")
-    theirs = (stax_fc if name == "fc2" else stax_conv)(2)
-    whole = stax_networks.in_pieces(theirs, 3)
-    expected, pull = jax.vjp(lambda x, s: whole(x, s, "ntk"), x, s)
-    np.testing.assert_allclose(expected, theirs(cut(x, 3), cut(s, 3), "ntk"), rtol=1e-10)
-    k, pullback = kernel.value_and_pullback(x, s)
-    np.testing.assert_allclose(k, expected, rtol=1e-6)
-    np.testing.assert_allclose(kernel(x, s), expected, rtol=1e-6)
-    for ours, other in zip(pullback(w), pull(w), strict=True):
-        np.testing.assert_allclose(ours, other, rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(kernel.diagonal(x), jnp.diag(whole(x, x, "ntk")), rtol=1e-7)
-
-
-def test_between_two_pieces_each_has_half_of_the_slope():
-    x = jnp.full((1, 1, 1, 1), 0.5)
-    _, pull = jax.vjp(lambda x: pieces.encode(x, 2), x)
-    for weights, slope in (((1, 0), 0.5), ((0, 1), 0.5), ((1, 1), 1.0)):
-        assert pull(jnp.asarray(weights, x.dtype).reshape(1, 1, 1, 2))[0].item() == slope
-    with pytest.raises(ValueError, match="expected 2 pieces of a pixel or more, got 1"):
-        kernels.Pieces(kernels.by_name("fc1"), 1)
-
-
-def test_what_moves_within_a_piece_can_be_disregarded(rng):
-    """Images that differ in the middle piece alone make a machine that heeds the others little."""
-    bits = rng.integers(0, 2, (20, 4, 4, 1)).astype(float)
-    labels = jnp.asarray(bits[:, 0, 0] * 2 - 1)
-    changed = {}
-    for name in ("fc1", "fc1-pieces3"):
-        machine = krr.fit(kernels.by_name(name), (1 + bits) / 3, labels, diag_reg=1e-6).machine
-        x = rng.integers(0, 2, (200, 4, 4, 1)).astype(float)
-        x_moved = np.where(rng.random(x.shape) < 0.5, x, np.where(x == 1, 0.7, 0.3))
-        changed[name] = float((np.sign(machine(x_moved)) != np.sign(machine(x))).mean())
-    assert changed["fc1-pieces3"] < changed["fc1"] / 2
-
-
 def test_a_mirrored_kernel_in_another_precision():
     short = kernels.rounded(kernels.by_name("fc2-mirror"), "bfloat16")
     assert short.kernel.precision == "bfloat16"
@@ -197,6 +138,14 @@ def test_a_mirrored_kernel_in_another_precision():
         kernels.rounded(kernels.by_name("conv2-mirror"), "bfloat16")
     with pytest.raises(ValueError, match="expected a kernel name such as"):
         kernels.by_name("fc2-mirrored")
+
+
+@pytest.mark.parametrize("name", ["fc3-pieces1", "fc3-pieces10", "fc3-mirror-pieces3", "pieces3"])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="expected a kernel name such as"):
+        kernels.by_name(name)
+    with pytest.raises(ValueError, match="kernel.name"):
+        experiment(kernel__name=name)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("tfloat32", 10), ("bfloat16", 7)])
