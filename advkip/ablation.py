@@ -79,7 +79,7 @@ def _in_one_column(paths, names, rows, found):
 
 def _settings(record):
     """All settings that matter, by path; what a record of before lacks has its default."""
-    every = dict(by_path(Experiment().to_dict())) | tables.that_matter(record["experiment"])
+    every = dict(by_path(Experiment().to_dict())) | tables.that_matter(record)
     free = {*tables.FREE, "seed"}
     return {path: value for path, value in every.items() if path not in free}
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from advkip import architectures, data, inputs, lazy
-from advkip.settings import CNNS, CONV_NET, FC_NET, PIECES
+from advkip.settings import CNNS, CONV_NET, FC_NET, NET
 
 
 def build(name, *, shape, n_classes, seed) -> nn.Module:
@@ -41,7 +41,7 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, "weights"))
         plain, _, pieces = name.partition("-pieces")
-        if not re.fullmatch(rf"({FC_NET}|{CONV_NET}|{'|'.join(CNNS)}){PIECES}", name):
+        if not re.fullmatch(NET, name):
             raise ValueError(
                 f"expected a network in {['fc3-1024', 'conv1-256-ntk', *CNNS]}, got {name!r}; "
                 "pass one of them (any depth and width for fc and conv), or a torch.nn.Module of "

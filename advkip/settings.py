@@ -55,7 +55,8 @@ PIECES = r"(?:-pieces[2-9])?"
 PUBLISHED = ("CIFAR_ims", "CIFAR_lab")
 """Files of the published robust features, in one folder: images and labels."""
 
-Net = Annotated[str, Field(pattern=rf"^({FC_NET}|{CONV_NET}|{'|'.join(CNNS)}){PIECES}$")]
+NET = rf"(?:{FC_NET}|{CONV_NET}|{'|'.join(CNNS)}){PIECES}"
+Net = Annotated[str, Field(pattern=f"^{NET}$")]
 Nets = Annotated[tuple[Net, ...], BeforeValidator(listed)]
 Attacks = Annotated[
     tuple[Annotated[str, AfterValidator(named_attack)], ...], BeforeValidator(listed)

@@ -14,7 +14,7 @@ import yaml
 
 from advkip import records
 from advkip.attack_names import ATTACKED, Attack
-from advkip.config import FREE, Experiment, by_path
+from advkip.config import FREE, Experiment, by_path, sections
 
 _ADVERSARIALLY = ", adversarial training"
 ADVERSARIAL = "original" + _ADVERSARIALLY
@@ -59,7 +59,7 @@ def lines(found: list[dict]) -> list[Line]:
     for record in found:
         e, seen = record["experiment"], defaultdict(list)
         # The settings keep apart what only looks alike; they are not shown.
-        settings = json.dumps(that_matter(e), sort_keys=True)
+        settings = json.dumps(that_matter(record), sort_keys=True)
 
         def line_of(row, e=e, settings=settings, seen=seen):
             n = row.get("n_train", e["support"]["n_support"])
@@ -107,16 +107,19 @@ def accuracy(found, *, tables=None, models=None) -> str:
     )
 
 
-def that_matter(experiment) -> dict:
+def that_matter(record) -> dict:
     """The settings that tell experiments of several seeds apart, by path.
 
-    Those at their default are left out: a record of before there was a setting lacks it.
+    Those at their default are left out, since a record of before there was a setting lacks it; and
+    so are sections that none of its notebooks depends on, whose defaults may have changed since.
     """
     free, default = {*FREE, "seed"}, dict(by_path(Experiment().to_dict()))
+    own = sections(*{row["notebook"] for row in record["rows"]})
     return {
         path: value
-        for path, value in by_path(experiment)
-        if path not in free and (path not in default or value != default[path])
+        for path, value in by_path(record["experiment"])
+        if path not in free
+        and (path not in default or value != default[path] and path.split(".")[0] in own)
     }
 
 
