@@ -7,7 +7,7 @@ PARAMS ?= params/digits.yaml
 # PyTorch's threads sleep while they wait, instead of spinning.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install conda demo test coverage lab run bench bench-paper report docs schema notebooks clean
+.PHONY: help install conda demo test coverage lab run bench bench-threads bench-paper report docs schema notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -54,8 +54,10 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 coverage: install  ## which lines of the package no test runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
 
-bench: install  ## the engine against neural_tangents references; threads that sleep or spin
+bench: install  ## the engine against neural_tangents references
 	$(BIN)/python -m tests.bench
+
+bench-threads: install  ## threads that sleep against threads that spin: eleven minutes
 	$(BIN)/python -m tests.bench threads
 
 bench-paper: install  ## one outer step at the paper's largest setting: 9 GB, nine minutes

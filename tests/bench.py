@@ -1,7 +1,8 @@
 """`make bench` and `make bench-paper`: the engine against references, within one run.
 
-(And threads that sleep against threads that spin: see `tests.threads`. And several outer steps in a
-row, where a factor serves more than one: `python -m tests.bench mnist_30k` and the others of RUNS.)
+(And `make bench-threads`: threads that sleep against threads that spin, see `tests.threads`. And
+several outer steps in a row, where a factor serves more than one: `python -m tests.bench mnist_30k`
+and the others of RUNS.)
 
 References, both with neural_tangents kernels and autodiff, in float32 on the same images:
 
