@@ -36,8 +36,8 @@ def aggregated(
     r, r + R, r + 2 R, ... of the first set are attacked.
 
     Args:
-      first: images (N, H, W, C) and labels (N, C), those of `answer`.
-      answer: the labels (n, C) of images (n, H, W, C).
+      first: images (N, H, W, C) with labels (N, C) and perhaps features.
+      answer: labels and features (n, C + F) of images (n, H, W, C).
       experiment: whose `relabelling`, threat and seed are used, and its section of the scout's kind
         for the recipe.
       watched: the validation images that choose a scout's epoch.
@@ -51,30 +51,35 @@ def aggregated(
     """
     settings = experiment.relabelling
     recipe = Recipe.of(experiment.section_of(settings.scout), experiment)
-    n = len(first.x)
+    n, classes = len(first.x), first.y.shape[1]
+    asked = first.y if first.features is None else np.concatenate([first.y, first.features], 1)
     x, y = (
-        np.concatenate([a, np.empty_like(a)]) if settings.rounds else a for a in (first.x, first.y)
+        np.concatenate([a, np.empty_like(a)]) if settings.rounds else a for a in (first.x, asked)
     )
     for number in range(settings.rounds):
         seed = nets.derived_seed(experiment.seed, "scout", number)
-        net = nets.build(settings.scout, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
+        net = nets.build(
+            settings.scout, shape=x.shape[1:], n_classes=classes, seed=seed,
+            n_features=y.shape[1] - classes,
+        )  # fmt: skip
         scout = training.train(
             net, x[:n], y[:n], recipe=recipe, watched=watched, seed=seed, checkpoint_dir=folder,
             label=f"scout-{number}",
         ).net  # fmt: skip
         share = slice(number, None, settings.rounds)
         more, labels = _stored(
-            scout, first.x[share], first.y[share], answer, recipe, seed, folder, number
+            scout, first.x[share], asked[share], classes, answer, recipe, seed, folder, number
         )
         new = slice(n, n + len(more))
         x[new], y[new] = more, labels
         n = new.stop
     named = first.teacher + ATTACKED * bool(settings.rounds)
-    return first._replace(x=x, y=y, teacher=named)
+    features = None if first.features is None else y[:, classes:]
+    return first._replace(x=x, y=y[:, :classes], teacher=named, features=features)
 
 
-def _stored(scout, x, y, answer, recipe, seed, folder, number):
-    """Attacked images and the machine's labels, from the folder if they are there."""
+def _stored(scout, x, y, classes, answer, recipe, seed, folder, number):
+    """Attacked images and what the machine says to them, from the folder if they are there."""
     weights = map(nets.to_numpy, scout.state_dict().values())
     about = {
         "images and weights": files.digest_of_arrays(x, y, *weights), "seed": seed,
@@ -83,7 +88,7 @@ def _stored(scout, x, y, answer, recipe, seed, folder, number):
     path = folder and Path(folder) / f"attacked-{number}-{store.digest(about)}.npz"
     if path and path.exists():
         return store.load(path, (x, y), about=about)[0]
-    found = attacked(scout, x, y, recipe=recipe, seed=seed)
+    found = attacked(scout, x, y[:, :classes], recipe=recipe, seed=seed)
     found = found if inputs.as_eight_bit(x) is None else relabel.rounded(found)
     labels = answer(found).astype(y.dtype)
     if path:

@@ -31,6 +31,21 @@ class Pieces(nn.Module):
         return torch.cat(parts, 1)
 
 
+class WithFeatures(nn.Module):
+    """A network whose last outputs are features that only its training asks for (`relabel`).
+
+    In training mode it gives all outputs (N, classes + features), else the logits (N, classes).
+    """
+
+    def __init__(self, net, n_classes):
+        super().__init__()
+        self.net, self.n_classes = net, n_classes
+
+    def forward(self, x) -> torch.Tensor:
+        found = self.net(x)
+        return found if self.training else found[:, : self.n_classes]
+
+
 def fully_connected(shape, depth, width, n_classes) -> nn.Sequential:
     """`depth` hidden layers of a width, each with ReLU."""
     layers: list[nn.Module] = [nn.Flatten()]

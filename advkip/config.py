@@ -107,6 +107,8 @@ class Experiment(Section):
                     f"expected settings of {sorted(missing)}, which {notebook} trains on, got "
                     "null; pass them, or sets without it"
                 )
+            if notebook in self.notebooks and "relabelled" in sets:
+                self._check_features(notebook)
         if "04_shortcomings" in self.notebooks:
             self._check_diagnosis()
         if "05_remedies" in self.notebooks:
@@ -131,6 +133,18 @@ class Experiment(Section):
                 "adversarial_training with nets, diagnosis.sets with the path of a set that is "
                 "there, or without it"
             )
+
+    def _check_features(self, notebook):
+        own = {"02_transfer": self.fully_connected.nets, "03_cnns": self.cnns.nets}
+        relabelling = self.relabelling
+        scouts = (relabelling.scout,) * bool(relabelling.rounds)
+        for net in (*own.get(notebook, self.diagnosed_nets()), *scouts):
+            section = self.section_of(net)
+            if relabelling.shift and (section.loss, section.target) != ("mse", "labels"):
+                raise ValueError(
+                    f"expected loss 'mse' and target 'labels' for {net} with relabelling.shift, "
+                    f"got {section.loss!r} and {section.target!r}; pass these, or shift 0"
+                )
 
     def section_of(self, net: str) -> s.Networks:
         """The section whose recipe a network of that name is plainly trained with."""
@@ -253,7 +267,7 @@ SECTIONS = {
     "04_shortcomings": (
         *_NETS, "fully_connected", "cnns", "adversarial_training", "robust_features", "diagnosis",
     ),
-    "05_remedies": (*_NETS, "diagnosis", "remedies"),
+    "05_remedies": (*_NETS, "fully_connected", "cnns", "diagnosis", "remedies"),
 }  # fmt: skip
 """Notebook: the sections that its results depend on. Another notebook depends on all."""
 

@@ -165,6 +165,7 @@ class TrainingSet(NamedTuple):
     y: np.ndarray  # label vectors (N, classes), float32
     kernel: Kernel | None = None  # that a distilled set was made with, with its settings
     teacher: str = ""  # the kernel whose machine, or the network that, labelled (see `relabel`)
+    features: np.ndarray | None = None  # (N, F), what a network can be asked for beside y
 
 
 def draw_original(experiment: Experiment, splits: Splits) -> TrainingSet:

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from advkip.checked import Count, NotNegative, Number, Positive, Rates, Section, listed
-from advkip.settings import AS_GIVEN, ORIGINAL_IMAGES, Chooser, Loss, Nets, Networks
+from advkip.checked import Count, Epochs, NotNegative, Number, Positive, Rates, Section, listed
+from advkip.settings import AS_GIVEN, ORIGINAL_IMAGES, Chooser, Loss, Net, Nets, Networks
 
 InnerLoss = Literal["cross-entropy", "mse", "margin", "dlr", "targeted", "mixture"]
 OuterLoss = Literal["cross-entropy", "mse", "hinge", "squared-hinge"]
@@ -143,6 +143,10 @@ class Remedies(Networks):
     eval_every: Count = 20
     loss: Loss = "mse"
     target: Literal["labels", "softmax", "argmax"] = "labels"
+    copies: Epochs = (1, 4)
+    """of each original image, for networks on classes and on the answers of that set's machine"""
+    student: Net = "fc1-256"
+    """which networks those are, of the recipe of fully_connected or cnns"""
 
     @model_validator(mode="after")
     def _known(self):

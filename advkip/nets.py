@@ -16,7 +16,7 @@ from advkip import architectures, data, inputs, lazy
 from advkip.settings import CNNS, CONV_NET, FC_NET, NET
 
 
-def build(name, *, shape, n_classes, seed) -> nn.Module:
+def build(name, *, shape, n_classes, seed, n_features=0) -> nn.Module:
     """A network with random weights that derive from the seed alone.
 
     Args:
@@ -31,6 +31,7 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
       shape: (H, W, C) of an image.
       n_classes: 2 or more.
       seed: of the weights.
+      n_features: outputs beside the logits while it is trained (`architectures.WithFeatures`).
 
     Returns:
       A `torch.nn.Module` in training mode, on `device()`.
@@ -47,11 +48,13 @@ def build(name, *, shape, n_classes, seed) -> nn.Module:
                 "pass one of them (any depth and width for fc and conv), or a torch.nn.Module of "
                 "your own to training.train"
             )
-        net: Any = _plain(plain, (*shape[:2], shape[2] * int(pieces or 1)), n_classes)
+        channels = shape[2] * int(pieces or 1)
+        parts = members(_plain(plain, (*shape[:2], channels), n_classes + n_features))
         if pieces:
-            first = architectures.Pieces(int(pieces))
-            parts = [nn.Sequential(first, net) for net in members(net)]
-            net = Ensemble(parts) if len(parts) > 1 else parts[0]
+            parts = [nn.Sequential(architectures.Pieces(int(pieces)), net) for net in parts]
+        if n_features:
+            parts = [architectures.WithFeatures(net, n_classes) for net in parts]
+        net: Any = Ensemble(parts) if len(parts) > 1 else parts[0]
     # Channels last in memory: up to twice as fast on CPUs, and what tensor cores want.
     return net.to(device(), memory_format=torch.channels_last)
 

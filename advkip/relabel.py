@@ -14,9 +14,14 @@ answers to them, too. Where the attack's ball is large, those with noise: each p
 as much as the attack may change it, up or down at random. Where it is small, mixtures of two images
 (Zhang et al. 2018, mixup), which need no class of their own here. The control has the same images
 and copies, with classes as labels, those of two images mixed as they are.
+
+An image can say more than C numbers, too: with `relabelling.shift` it has features, what the
+machine answers to the image moved to the left, to the right, up and down. A network is asked for
+all of them while it is trained, at the image itself. (RRM takes a network's own features.)
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +32,9 @@ from advkip.config import Experiment
 from advkip.data import TrainingSet
 
 RELABELLED, NOISY = "relabelled", "noisy"
+
+FEATURES = " + features"
+"""What the teacher's name ends with in tables, where the set has them."""
 
 
 def noisy(original: TrainingSet, experiment: Experiment) -> TrainingSet:
@@ -79,6 +87,23 @@ def rounded(x) -> np.ndarray:
     return data.to_float(np.round(x * 255).astype("uint8"))
 
 
+MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+"""Of an image: rows down and columns to the right."""
+
+
+def moved(x, pixels) -> list[np.ndarray]:
+    """Images (N, H, W, C), moved by so many pixels in each of MOVES; the border is repeated."""
+    _, height, width, _ = x.shape
+    wide = np.pad(x, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
+    return [wide[:, (1 - i) * pixels :, (1 - j) * pixels :][:, :height, :width] for i, j in MOVES]
+
+
+def features(answer, x, pixels) -> np.ndarray:
+    """What `answer` says to images moved by so many pixels, shape (N, 4 C); (N, 0) for 0 pixels."""
+    found = [answer(one) for one in moved(x, pixels)] if pixels else [np.empty((len(x), 0))]
+    return np.concatenate(found, 1).astype("float32")
+
+
 def answers(model, x, *, batch_size: int = 0) -> np.ndarray:
     """What a `krr.KernelMachine`, or a network, answers to images (N, H, W, C), shape (N, C).
 
@@ -116,21 +141,30 @@ def relabelled(original: TrainingSet, answers, *, teacher: str) -> TrainingSet:
     return TrainingSet(original.x, y.astype("float32"), teacher=teacher)
 
 
+def read(path) -> np.ndarray | None:
+    """The features (N, F) in a file of `save`, or None."""
+    with np.load(path, allow_pickle=False) as file:
+        return file["features_train"] if "features_train" in file.files else None
+
+
 def save(path, made: TrainingSet, experiment: Experiment, dataset: data.Dataset) -> None:
     """Leaves a relabelled set as .npz in `data`'s layout, for any training script.
 
-    x_train (uint8 where that loses nothing) are the images, y_train the label vectors; x_test and
-    y_test the data set's own; `experiment`, with the kernel of a machine that labelled, and the
-    teacher's name, says what the set was made with. `sets.from_path` reads it. A file that holds
-    the same is left alone.
+    x_train (uint8 where that loses nothing) are the images, y_train the label vectors, and
+    features_train the features (N, F) where there are any; x_test and y_test the data set's own;
+    `experiment`, with the kernel of a machine that labelled, and the teacher's name, says what the
+    set was made with. `sets.from_path` reads it. A file that holds the same is left alone.
     """
     x = inputs.as_eight_bit(made.x)
     x = made.x if x is None else x
     settings = json.dumps(experiment.to_dict() | {"method": RELABELLED, "teacher": made.teacher})
     if distill.stored(path, (x, made.y, dataset.x_test, dataset.y_test)) == settings:
         return
+    extra: dict[str, Any] = {}
+    if made.features is not None:
+        extra["features_train"] = made.features
     with files.replacing(path) as file:
         np.savez(
             file, x_train=x, y_train=made.y, x_test=dataset.x_test, y_test=dataset.y_test,
-            version=advkip.__version__, experiment=settings,
+            version=advkip.__version__, experiment=settings, **extra,
         )  # fmt: skip

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from advkip import data, nets, training
 from advkip.config import Experiment
 from advkip.recipe import Recipe
@@ -20,7 +22,7 @@ class Search(NamedTuple):
 
 def search(
     name: str, x, y, *, recipe: Recipe, learning_rates, watched: training.Watched, seeds,
-    checkpoint_dir=None, label: str = "", progress: bool = True,
+    features=None, checkpoint_dir=None, label: str = "", progress: bool = True,
 ) -> Search:  # fmt: skip
     """Trains a network with each learning rate, chooses on validation images, repeats for seeds.
 
@@ -30,6 +32,7 @@ def search(
       recipe: a `Recipe`, whose learning rate is replaced.
       learning_rates: the grid.
       seeds: integers; the grid is run with the first, the others with the chosen rate.
+      features: what networks are asked for beside y, shape (N, F); None is nothing.
 
     Returns:
       A `Search`. A rate is chosen as `train` chooses an epoch; one whose training diverged is kept
@@ -39,10 +42,15 @@ def search(
       FloatingPointError: training diverged with every rate.
     """
 
+    n_features = 0 if features is None else features.shape[1]
+    labels = y if features is None else np.concatenate([y, features], 1)
+
     def run(rate, seed):
-        net = nets.build(name, shape=x.shape[1:], n_classes=y.shape[1], seed=seed)
+        net = nets.build(
+            name, shape=x.shape[1:], n_classes=y.shape[1], seed=seed, n_features=n_features
+        )
         return training.train(
-            net, x, y, recipe=dataclasses.replace(recipe, learning_rate=rate), watched=watched,
+            net, x, labels, recipe=dataclasses.replace(recipe, learning_rate=rate), watched=watched,
             seed=seed, checkpoint_dir=checkpoint_dir, label=label or name, progress=progress,
         )  # fmt: skip
 
@@ -86,7 +94,8 @@ class Trainer:
         """A `Search` of a network (of `nets.build`) on a set of a name.
 
         `section` None means the experiment's adversarial_training, fully_connected or cnns, and
-        `learning_rates` None those of the section.
+        `learning_rates` None those of the section. Features of the set are asked for in plain
+        training with the squared error on labels as they are.
         """
         e = self.experiment
         if section is None:
@@ -96,8 +105,10 @@ class Trainer:
                 "expected settings of adversarial_training, got null; pass them to train so"
             )
         how = "adversarial" if adversarially else "plain"
+        recipe = Recipe.of(section, e)
+        features = chosen.features if recipe.takes_features else None
         found = search(
-            net, chosen.x, chosen.y, recipe=Recipe.of(section, e), watched=self.watched,
+            net, chosen.x, chosen.y, features=features, recipe=recipe, watched=self.watched,
             learning_rates=learning_rates or section.learning_rates, seeds=e.net_seeds(),
             checkpoint_dir=self.folder, label=f"network-{net}-{name}-{how}", progress=progress,
         )  # fmt: skip

@@ -109,15 +109,23 @@ def relabelled(
     Raises:
       ValueError, FloatingPointError: as `relabel.relabelled` and `training.train`.
     """
-    chosen = noisy(experiment, splits)
+    chosen, shift = noisy(experiment, splits), experiment.relabelling.shift
     found = teacher.answer(chosen.x)
     made = relabel.relabelled(chosen, found, teacher=teacher.name)
     scale = made.y.std() / found.std()
+
+    def features(x):
+        return scale * relabel.features(teacher.answer, x, shift)
+
+    def answer(x):
+        return np.concatenate([scale * teacher.answer(x), features(x)], 1)
+
+    if shift:
+        named = made.teacher + relabel.FEATURES
+        made = made._replace(features=features(chosen.x), teacher=named)
     n = experiment.networks.n_watch
     watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
-    return aggregate.aggregated(
-        made, lambda x: scale * teacher.answer(x), experiment, watched, folder
-    )
+    return aggregate.aggregated(made, answer, experiment, watched, folder)
 
 
 def _teacher(distilled, experiment, splits, dataset, folder) -> Teacher:
@@ -224,7 +232,7 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     parts = data.to_float(dataset.x_train), labels.astype("float32")
     if method == RELABELLED and kernel:
         teacher = json.loads(settings).get("teacher", kernel.name)
-        return RELABELLED, TrainingSet(*parts, teacher=teacher)
+        return RELABELLED, TrainingSet(*parts, teacher=teacher, features=relabel.read(path))
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 

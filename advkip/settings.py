@@ -191,6 +191,12 @@ class Training(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the passes of training (autocast); weights, attacks and accuracies are in float32"""
 
+    def longer(self, times: int):
+        """The same section with so many times as many epochs, up to each milestone, too."""
+        changes = {key: times * getattr(self, key) for key in ("epochs", "eval_every")}
+        changes["milestones"] = tuple(times * epoch for epoch in self.milestones)
+        return self.model_copy(update=changes)
+
 
 class Networks(Training):
     nets: Nets = ()
@@ -261,6 +267,8 @@ class Relabelling(Section):
     rounds: Annotated[int, Field(ge=0)] = 0
     """of attacks on `scout`, trained as those of its kind, whose images are added (`aggregate`)"""
     scout: Net = "fc3-1024"
+    shift: Annotated[int, Field(ge=0, le=8)] = 0
+    """pixels by which images are moved for features: what the teacher answers to the moved ones"""
 
 
 class RobustFeatures(Section):

@@ -19,9 +19,9 @@
 # shortcomings](04_shortcomings.ipynb) → **5 remedies**
 #
 # *You will know* which attack should choose, what a switch in Algorithm 1 is worth, what a kernel
-# must be able to tell apart, how much of its robustness a network keeps as it widens, and how a
-# printed figure of 20 % can be 0. *You need* notebooks 0 to 4. *It takes* four minutes on the
-# defaults. Words are explained in the glossary (`notebooks/glossary.md`).
+# must be able to tell apart, how much of its robustness a network keeps as it widens, what labels
+# can carry, and how a printed figure of 20 % can be 0. *You need* notebooks 0 to 4. *It takes* five
+# minutes on the defaults. Words are explained in the glossary (`notebooks/glossary.md`).
 #
 # *Beyond the paper: its last section asks whether networks can be robust because of their data
 # alone. Judge by AutoAttack, in pixels:*
@@ -75,6 +75,8 @@ remedies: dict = {
     "batch_size": None,  # all images at once
     "optimizer": "sgd",
     "learning_rates": [2.0],
+    "copies": [1, 4],  # of each image, for networks whose labels say more
+    "student": "fc1-256",
 }
 networks: dict = {"n_seeds": 1}
 diagnosis: dict = {"n_images": 20}  # test images of a verdict; 100 or more say something
@@ -85,6 +87,8 @@ evaluation: dict = {
 output: str = None  # where checkpoints, figures and results.json go; None: reports/<name>
 
 # %%
+from functools import partial
+
 import numpy as np
 from IPython.display import Markdown, display
 
@@ -102,6 +106,7 @@ from advkip import (
     published,
     recipe,
     records,
+    relabel,
     search,
     sets,
     settings,
@@ -295,15 +300,60 @@ if widths:
     display(figures.save(figure, folder, "remedies_width"))
 
 # %% [markdown]
+# ## Labels that say more
+#
 # Ordinary networks take over more of a kernel machine when they are asked for its *answers*. The
-# set `relabelled` has original images, and if `relabelling.copies` says so copies of them with
-# noise or mixed in pairs, with what the machine answers in place of the classes
-# (`advkip.relabel`). With `relabelling.rounds` a scout, a network of the same training, is attacked
-# and the attacked images join the set, labelled by the machine as well, so that it also says what
-# the machine answers where networks err (`advkip.aggregate`). Put it among `networks.sets` in
-# notebooks 2 to 4; `noisy`, the same images with their classes, is its yardstick. The network of a
-# kernel of pieces is named like it: `fc1-256-ntk0.1-pieces3`, and `fc3-1024-pieces3` of the usual
-# kind.
+# set `relabelled` has original images, and copies of them with noise or mixed in pairs, with what
+# the machine answers in place of the classes (`advkip.relabel`). Here is `remedies.student` on such
+# sets, labelled by the machine of the set that was handed on, and on `noisy`, the same images with
+# their classes, its yardstick; for each number of copies in `remedies.copies`, and with as many
+# training steps for all. If `relabelling.shift` says so, a third kind of network is also asked, of
+# each image, what the machine answers to the image moved by a pixel to four sides: its *features*.
+
+# %%
+student, section = experiment.remedies.student, experiment.section_of(experiment.remedies.student)
+answer = partial(relabel.answers, sets.machine(chosen["adv-kip"], experiment))
+teacher = sets.Teacher(e.kernel.name, e.kernel, answer)
+kinds = ["classes", "answers", *(["answers and features"] * (experiment.relabelling.shift > 0))]
+labelled, taught = {}, {}
+for copies in experiment.remedies.copies:
+    for kind in kinds:
+        given = {"copies": copies} | ({} if "features" in kind else {"shift": 0})
+        own = experiment.replace(relabelling=given)
+        if kind == "classes":
+            labelled[kind, copies] = sets.noisy(own, splits)
+        else:
+            labelled[kind, copies] = sets.relabelled(teacher, own, splits, folder)
+        longer = section.longer(max(experiment.remedies.copies) // copies)
+        taught[kind, copies] = train(
+            student, f"{kind.replace(' ', '-')}-{copies}", labelled[kind, copies], section=longer
+        )
+
+# %%
+left = {}
+for (kind, copies), found in taught.items():
+    for trained, net_seed in zip(found.best, experiment.net_seeds(), strict=True):
+        outcomes[kind, copies, net_seed] = protocol(trained.net, x_test, y_test)
+        recorder.add(
+            outcomes[kind, copies, net_seed], model=student, training="plain", seed=net_seed,
+            trained_on="noisy" if kind == "classes" else "relabelled",
+            **records.of_training(labelled[kind, copies], found, trained),
+        )  # fmt: skip
+    lasts = [outcomes[kind, copies, one][-1] for one in experiment.net_seeds()]
+    left.setdefault(f"{kind}, {lasts[0].attack}", []).append(np.mean([o.accuracy for o in lasts]))
+recorder.write()
+if left:
+    figure = figures.accuracy_against(
+        list(experiment.remedies.copies), left, label="copies of each image", log=True
+    )
+    display(figures.save(figure, folder, "remedies_copies"))
+
+# %% [markdown]
+# With `relabelling.rounds` a scout, a network of the same training, is attacked and the attacked
+# images join the set, labelled by the machine as well, so that it also says what the machine
+# answers where networks err (`advkip.aggregate`). Put `relabelled` among `networks.sets` in
+# notebooks 2 to 4. The network of a kernel of pieces is named like it: `fc1-256-ntk0.1-pieces3`,
+# and `fc3-1024-pieces3` of the usual kind.
 #
 # ## Other people's figures
 #
@@ -375,4 +425,6 @@ print("The clip to [0, 1] cuts off what is darker than the mean or brighter than
 #   original images stays where it is, then the data did it: plain training, no attack in it, on a
 #   set that was made for a kernel. What is missing at a usual width is then a matter of the
 #   network, not of the set.
+# - *The labels.* If the network asked for answers keeps more than the one asked for classes, on
+#   the same images, then a label can carry robustness; more copies show more of the machine.
 # - *The printed figure.* It is what was measured, at another radius than the one it is printed for.

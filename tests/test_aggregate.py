@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import aggregate, inputs, nets, sets, training
+from advkip import aggregate, inputs, nets, relabel, sets, training
 from advkip.attacks import Threat
 from advkip.recipe import Recipe
 from tests.sections import SMALL_SETS, changed
@@ -48,6 +48,20 @@ def test_no_rounds_change_nothing(digits, splits, tmp_path):
     assert len(found["relabelled"].x) == len(found["noisy"].x)
     assert found["relabelled"].teacher == "fc2"
     assert not list(tmp_path.glob("scout-*"))
+
+
+def test_attacked_images_have_features_too(digits, splits, tmp_path):
+    e = changed(SMALL, relabelling__shift=2)
+    found = load(e, splits, digits, tmp_path)
+    made, machine = found["relabelled"], sets.machine(found["adv-kip"], e)
+    assert made.features.shape == (len(made.x), 40)
+    scale = made.y.std() / np.asarray(machine(made.x)).std()
+    right = relabel.moved(made.x, 2)[0]
+    np.testing.assert_allclose(
+        made.features[:, :10], scale * np.asarray(machine(right)), rtol=1e-3, atol=1e-4
+    )
+    again = load(e, splits, digits, tmp_path)["relabelled"]  # attacks from their files
+    np.testing.assert_array_equal(again.features, made.features)
 
 
 def test_each_scout_has_seen_the_attacks_on_those_before_and_is_none_of_the_reported(

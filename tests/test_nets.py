@@ -216,3 +216,13 @@ def test_images_are_the_floats_that_went_in(rng, levels):
     whole = nets.to_tensor(x)[index.to(nets.device())]
     assert found.dtype == whole.dtype
     assert found.stride() == whole.stride()
+
+
+@pytest.mark.parametrize("name", ["fc1-16", "fc1-16x2", "fc1-16-pieces2", "simple-cnn"])
+def test_features_are_outputs_of_training_alone(name):
+    net = nets.build(name, shape=(8, 8, 1), n_classes=10, seed=0, n_features=5)
+    x = nets.to_tensor(np.random.default_rng(0).random((3, 8, 8, 1), "float32"))
+    every = [one(x) for one in nets.members(net)]
+    assert [tuple(one.shape) for one in every] == [(3, 15)] * len(nets.members(net))
+    logits = torch.stack(every).mean(0)[:, :10]
+    np.testing.assert_array_equal(nets.to_numpy(net.eval()(x)), nets.to_numpy(logits))

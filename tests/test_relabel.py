@@ -251,3 +251,69 @@ def test_networks_take_over_the_machines_robustness(digits, tmp_path):
         )
     assert left["relabelled"]["clean"] > 0.85
     assert left["relabelled"]["strong"] > left["noisy"]["strong"] + 0.1
+
+
+SHIFTED = changed(SMALL, relabelling__shift=1)
+
+
+def test_features_are_the_answers_to_moved_images(digits, splits, tmp_path):
+    found = sets.load(["relabelled", "adv-kip"], SHIFTED, splits, digits, tmp_path)
+    made, machine = found["relabelled"], sets.machine(found["adv-kip"], SHIFTED)
+    still, up = made.x, np.concatenate([made.x[:, 1:], made.x[:, -1:]], 1)
+    scale = made.y.std() / np.asarray(machine(still)).std()
+    assert made.features.shape == (len(made.x), 4 * 10)
+    assert made.teacher == "fc2 + features"
+    assert made.features.dtype == np.float32
+    np.testing.assert_allclose(
+        made.features[:, -10:], scale * np.asarray(machine(up)), rtol=1e-3, atol=1e-4
+    )
+    name, again = sets.from_path(tmp_path / "relabelled.npz")
+    np.testing.assert_array_equal(again.features, made.features)
+    np.testing.assert_array_equal(again.y, made.y)
+    assert sets.load(["relabelled"], SMALL, splits, digits, tmp_path)["relabelled"].features is None
+    assert sets.from_path(tmp_path / "relabelled.npz")[1].features is None
+
+
+def test_images_move_right_left_down_and_up():
+    x = np.arange(12, dtype="float32").reshape(1, 3, 4, 1)
+    right, left, down, up = (one[0, ..., 0] for one in relabel.moved(x, 1))
+    x = x[0, ..., 0]
+    np.testing.assert_array_equal(right, x[:, [0, 0, 1, 2]])
+    np.testing.assert_array_equal(left, x[:, [1, 2, 3, 3]])
+    np.testing.assert_array_equal(down, x[[0, 0, 1]])
+    np.testing.assert_array_equal(up, x[[1, 2, 2]])
+
+
+def test_networks_are_asked_for_features_in_plain_training_on_numbers(
+    digits, splits, tmp_path, monkeypatch
+):
+    made = sets.load(["relabelled"], SHIFTED, splits, digits, tmp_path)["relabelled"]
+    seen, train = [], training.train
+
+    def spy(net, x, y, **options):
+        seen.append(y)
+        return train(net, x, y, **options)
+
+    monkeypatch.setattr(training, "train", spy)
+    watched = training.watched(splits, 20, seed=0)
+    for changes in ({}, {"cnns__loss": "mse", "cnns__target": "labels"}):
+        trainer = search.Trainer(changed(SMALL, cnns__epochs=1, **changes), watched)
+        net = trainer("simple-cnn", "relabelled", made, progress=False).best[0].net
+        assert net(nets.to_tensor(made.x[:3])).shape == (3, 10)
+    classes, numbers = seen
+    np.testing.assert_array_equal(classes, made.y)
+    np.testing.assert_array_equal(numbers, np.concatenate([made.y, made.features], 1))
+
+
+def test_features_want_networks_of_numbers():
+    options = dict(
+        notebooks=["03_cnns"], networks__sets=["relabelled"], relabelling__teacher="x.npz"
+    )
+    with pytest.raises(ValueError, match="expected loss 'mse' and target 'labels' for simple-cnn"):
+        experiment(**options, relabelling__shift=1)
+    experiment(**options, relabelling__shift=1, cnns__loss="mse", cnns__target="labels")
+    with pytest.raises(ValueError, match="for simple-cnn"):  # of a scout
+        experiment(
+            **options | {"notebooks": ["02_transfer"]}, relabelling__shift=1,
+            relabelling__rounds=1, relabelling__scout="simple-cnn",
+        )  # fmt: skip
