@@ -37,6 +37,14 @@ class State(NamedTuple):
     origin: krr.Origin | None  # of the factor that goes on serving; None: too few images for that
 
 
+class Slope(NamedTuple):
+    """Which way the support goes."""
+
+    loss: float
+    support: tuple  # dJ/dX_S, dJ/dY_S
+    fitted: krr.Fit | None = None  # of the support, with the factor that its solves left
+
+
 class Run:
     """One run of Algorithm 1: `start`, then `advance` until `finished` says why it is over."""
 
@@ -109,14 +117,8 @@ class Run:
     def advance(self, state):
         """One outer step: history line when due, inner maximum, outer gradient, update."""
         e, began = self.settings, time.perf_counter()
-        fitted = self.fit(state)
-        x, y = self.target(state.step)
-        attacked = self.objective.attack(fitted.machine, x, y, step=state.step)
-        batch = self.objective.batch(fitted.machine, x, attacked, y)
-        gradient = krr.support_gradient(
-            fitted, batch.x, batch.labels, loss=self.objective.loss, weights=batch.weights
-        )
-        loss = float(gradient.loss)
+        slope = self.slope(state)
+        loss = slope.loss
         first = state.history[0]["loss"] if state.history else loss
         if not loss <= DIVERGED * max(1.0, first):
             raise FloatingPointError(
@@ -128,14 +130,29 @@ class Run:
         last = state.step == e.n_steps
         seen = state.history and state.history[-1]["step"] == state.step
         if (state.step % e.eval_every == 0 or last) and not seen:
-            state = self.validate(state, fitted.machine, loss)
+            state = self.validate(state, self.judged(state, slope), loss)
         if not (last or self.finished(state)):
-            state = self.update(state, (gradient.x_support, gradient.y_support))
+            state = self.update(state, slope.support)
             if state.origin is not None:
-                state = state._replace(origin=krr.origin(gradient.fitted, state.origin))
-                self.live = state.origin, gradient.fitted
+                state = state._replace(origin=krr.origin(slope.fitted, state.origin))
+                self.live = state.origin, slope.fitted
         jax.block_until_ready(state.support)
         return state._replace(seconds=state.seconds + time.perf_counter() - began)
+
+    def slope(self, state) -> Slope:
+        """Loss and gradient of a step: inner maximum, outer gradient."""
+        fitted = self.fit(state)
+        x, y = self.target(state.step)
+        attacked = self.objective.attack(fitted.machine, x, y, step=state.step)
+        batch = self.objective.batch(fitted.machine, x, attacked, y)
+        found = krr.support_gradient(
+            fitted, batch.x, batch.labels, loss=self.objective.loss, weights=batch.weights
+        )
+        return Slope(float(found.loss), (found.x_support, found.y_support), found.fitted)
+
+    def judged(self, state, slope):
+        """The model that is validated."""
+        return slope.fitted.machine
 
     def fit(self, state):
         """The support's machine, with the factor of an earlier step where that serves."""

@@ -51,6 +51,8 @@ class Experiment(Section):
     """null leaves it out"""
     kip: Annotated[m.Distillation | None, _over(m.KIP)] = m.KIP
     """the baseline without an inner maximum (Table 9); null leaves it out"""
+    unrolled: m.Unrolled | None = None
+    """Algorithm 1 with networks in the kernel's place; null leaves it out"""
     networks: s.Common = s.Common()
     fully_connected: Annotated[s.Networks, _over(s.FULLY_CONNECTED)] = s.FULLY_CONNECTED
     """of notebook 02"""
@@ -94,7 +96,8 @@ class Experiment(Section):
                 map(s.is_path, sets)
             )  # one may be the teacher
             needed = {"adv-kip" if name == "relabelled" and not teacher else name for name in sets}
-            missing = needed & set(s.METHODS) - set(self.methods)
+            made = [name for name in needed if name in (*s.METHODS, "unrolled")]
+            missing = [name for name in made if not self.distillation(name)]
             at = self.adversarial_training
             robust = self.relabelling.teacher == m.ADVERSARIAL and "relabelled" in sets
             if notebook in self.notebooks and robust and not (at and at.nets):
@@ -177,7 +180,7 @@ class Experiment(Section):
 
     def distillation(self, method: s.Method) -> m.Distillation | None:
         """The settings of a method."""
-        return {"adv-kip": self.adv_kip, "kip": self.kip}[method]
+        return {"adv-kip": self.adv_kip, "kip": self.kip, "unrolled": self.unrolled}[method]
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any], notebook: str) -> "Experiment":
@@ -258,7 +261,16 @@ FREE = (
 MACHINE = ("seed", "dataset", "kernel", "support", "threat")
 """Sections that a kernel machine on a support set depends on."""
 
-_NETS = (*MACHINE, "adv_kip", "kip", "threat_l2", "networks", "relabelling", "evaluation")
+_NETS = (
+    *MACHINE,
+    "adv_kip",
+    "kip",
+    "unrolled",
+    "threat_l2",
+    "networks",
+    "relabelling",
+    "evaluation",
+)
 SECTIONS = {
     "00_walkthrough": (),
     "01_kernels": (*MACHINE, "adv_kip", "kip"),

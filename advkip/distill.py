@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import advkip
-from advkip import algorithm, data, files, growth, kernels
+from advkip import algorithm, data, files, growth, kernels, unrolled
 from advkip.config import Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
@@ -74,7 +74,8 @@ def distill(
             "call kernels.set_precision('float64') at the start of the program"
         )
     initial = starting_support(experiment, splits, method)
-    run = algorithm.Run(experiment, splits, kernel, method)
+    make = unrolled.Run if method == "unrolled" else algorithm.Run
+    run = make(experiment, splits, kernel, method)
     path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
     n_steps = run.settings.n_steps

@@ -1,5 +1,6 @@
 """The sections of settings of Algorithm 1 and its variants, and what its switches choose from."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -100,6 +101,34 @@ SWITCHES = (
 """Settings of Algorithm 1 that came later than checkpoints that still go on."""
 
 KIP = Distillation(pgd_steps=0, outer_loss="mse", learning_rate=1e-3, label_learning_rate=1e-3)
+
+
+class Unrolled(Distillation):
+    """Algorithm 1 with networks that are trained inside each outer step (see `unrolled`)."""
+
+    net: Annotated[str, Field(pattern=r"^fc[1-9]-[1-9]\d*(-pieces[2-9])?$")] = "fc1-256"
+    net_steps: Count = 60
+    """of gradient descent, on the whole support"""
+    net_learning_rate: Positive = 0.1
+    n_nets: Count = 2
+    """networks of other first weights in each outer step"""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """outer steps in which the radius grows, from a quarter of it"""
+    n_steps: Count = 100
+    learning_rate: Positive = 2e-3
+    label_learning_rate: Positive = 2e-3
+    inner_loss: InnerLoss = "margin"
+    random_start: bool = True
+    outer_loss: OuterLoss = "hinge"
+    hinge_margin: Positive = 0.2
+    clean_weight: Annotated[NotNegative, Field(le=1)] = 0.5
+    choose_by: Chooser = "worst-case"
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Hidden layers, width and pieces of the network."""
+        depth, width, pieces = map(int, re.findall(r"\d+", f"{self.net}-1")[:3])
+        return depth, width, pieces
 
 
 class Variant(Section):

@@ -23,6 +23,7 @@ in which x_i' and w_i are constants. The paper has w_i = 1/T, c = p = 0, and l t
             cross-entropy, the margin and targets each
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -78,8 +79,12 @@ class Objective:
     def _scale(self, loss):
         return self.settings.logit_scale if loss == "cross-entropy" else 1.0
 
-    def attack(self, machine, x, y, *, step) -> jax.Array:
-        """The inner maximum for images x (T, ...) with integers y, at an outer step."""
+    def attack(self, machine, x, y, *, step, grown=1.0) -> jax.Array:
+        """The inner maximum for images x (T, ...) with integers y, at an outer step.
+
+        The machine is a `krr.KernelMachine` or an `unrolled.Net`; `grown` is the share of the
+        radius, and of the step size.
+        """
         e = self.settings
         if not e.pgd_steps:
             return x
@@ -91,20 +96,22 @@ class Objective:
         for i, name in enumerate(names):
             part = slice(i, None, len(names))
             rows = (x[part], self.labels(y[part], name), aim[part], np.arange(len(y))[part])
-            attack = partial(self._attack_rows, machine, name, key)
+            attack = partial(self._attack_rows, machine, name, key, grown)
             attacked = attacks.in_batches(attack, *rows, batch_size=self.batch_size)
             found = attacked if len(names) == 1 else found.at[part].set(attacked)
         return found
 
-    def _attack_rows(self, machine, name, key, x, labels, aim, index):
-        e, threat = self.settings, self.experiment.threat
-        scaled = krr.KernelMachine(
-            self.attacked, machine.x_support, machine.alpha * self._scale(name)
-        )
+    def _attack_rows(self, machine, name, key, grown, x, labels, aim, index):
+        e, threat, scale = self.settings, self.experiment.threat, self._scale(name)
+        if isinstance(machine, krr.KernelMachine):
+            scaled = krr.KernelMachine(self.attacked, machine.x_support, machine.alpha * scale)
+        else:
+            scaled = machine.scaled(scale)
+        ball = dataclasses.replace(self.threat, epsilon=grown * threat.epsilon)
         return attacks.pgd(
-            scaled, x, labels, threat=self.threat, n_steps=e.pgd_steps, loss=name,
+            scaled, x, labels, threat=ball, n_steps=e.pgd_steps, loss=name,
             # One step is FGSM: it goes to the border of the ball.
-            step_size=threat.epsilon if e.pgd_steps == 1 else threat.step_size,
+            step_size=grown * (threat.epsilon if e.pgd_steps == 1 else threat.step_size),
             n_restarts=e.restarts, rule=e.step_rule, aim=aim if name == "targeted" else None,
             key=None if key is None else jax.random.fold_in(key, int(index[0])),
         )  # fmt: skip

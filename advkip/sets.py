@@ -2,6 +2,7 @@
 
 original          a draw of training images
 adv-kip, kip      what `distill` makes of the experiment, or has made of it in the folder before
+unrolled          the same with networks in the kernel's place (`unrolled`)
 noisy             'original' and copies of it, with noise or mixed (`relabel`)
 relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip',
                   or by an adversarially trained network, robust because of its training;
@@ -16,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -39,7 +40,7 @@ from advkip.method_settings import ADVERSARIAL
 from advkip.relabel import NOISY, RELABELLED
 from advkip.settings import Kernel, Method, is_path
 
-ROBUST_FEATURES = "robust-features"
+ROBUST_FEATURES, UNROLLED = "robust-features", "unrolled"
 
 
 def load(
@@ -78,8 +79,7 @@ def load(
             own = experiment.replace(kernel=teacher.kernel.to_dict())
             relabel.save(Path(folder) / f"{name}.npz", chosen, own, dataset)
         else:
-            method: Method = "kip" if name == "kip" else "adv-kip"
-            chosen = _distilled(method, experiment, splits, dataset, folder)
+            chosen = _distilled(cast(Method, name), experiment, splits, dataset, folder)
         if name in found:
             raise ValueError(f"expected sets of different names, got {name!r} twice; pass one")
         found[name] = chosen
@@ -182,6 +182,8 @@ def _distilled(method: Method, experiment, splits, dataset, folder):
     if not _holds(path, result, experiment, dataset):
         distill.save(path, result, experiment, dataset)
     x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
+    if method == UNROLLED:
+        return TrainingSet(x, y, teacher=experiment.unrolled.net)
     return TrainingSet(x, y, experiment.kernel)
 
 
@@ -233,6 +235,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     if method == RELABELLED and kernel:
         teacher = json.loads(settings).get("teacher", kernel.name)
         return RELABELLED, TrainingSet(*parts, teacher=teacher, features=relabel.read(path))
+    if method == UNROLLED:
+        return UNROLLED, TrainingSet(*parts, teacher=json.loads(settings)[UNROLLED]["net"])
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 

@@ -30,9 +30,11 @@ of several losses (see `worst_case`), without which no AutoAttack accuracy is to
 SCORES: dict[Chooser, str] = {"pgd": "pgd", "worst-case": "strong"}
 """Which figure of a history's line it looks at."""
 
-Method = Literal["adv-kip", "kip"]
+Method = Literal["adv-kip", "kip", "unrolled"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
-SETS = ("original", *METHODS, "noisy", "relabelled", "robust-features")
+"""Those with a kernel."""
+
+SETS = ("original", *METHODS, "unrolled", "noisy", "relabelled", "robust-features")
 """Names of training sets; anything else is a path (see `sets`)."""
 
 

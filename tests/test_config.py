@@ -223,7 +223,7 @@ def test_names_exist_where_they_are_used():
     assert set(typing.get_args(method_settings.OuterLoss)) == set(losses.OUTER)
     for name in typing.get_args(method_settings.OPTIMIZERS):
         getattr(optax, name)(1e-3)
-    assert typing.get_args(settings.Method) == settings.METHODS
+    assert typing.get_args(settings.Method) == (*settings.METHODS, "unrolled")
 
 
 def test_is_frozen():

@@ -111,6 +111,7 @@ IMPORTS = {
         "store",
         "worst_case",
     },
+    "unrolled": {"algorithm", "data", "kernel", "pieces"},
     "distill": {
         "algorithm",
         "config",
@@ -120,6 +121,7 @@ IMPORTS = {
         "kernels",
         "progress",
         "settings",
+        "unrolled",
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
     "relabel": {

@@ -1,0 +1,148 @@
+"""Sets optimised through the training of networks: gradients, runs, resume, sets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from advkip import data, distill, kernels, losses, nets, sets, unrolled
+from tests.sections import changed, experiment
+
+SMALL = experiment(
+    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
+    unrolled__n_steps=4, unrolled__eval_every=2, unrolled__checkpoint_every=2,
+    unrolled__pgd_steps=2, unrolled__eval_pgd_steps=2, unrolled__net="fc1-16-pieces2",
+    unrolled__net_steps=5, unrolled__warmup=2, unrolled__learning_rate=0.01,
+)  # fmt: skip
+RECIPE = unrolled.Recipe(depth=2, width=7, n_pieces=2, n_steps=6, learning_rate=0.3)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def splits(digits):
+    return data.split(digits, SMALL)
+
+
+def support(dtype):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.random((9, 2, 3, 1)), dtype), jnp.asarray(rng.random((9, 4)), dtype)
+
+
+def test_training_is_that_of_pytorch():
+    x, y = support("float32")
+    net = unrolled.trained(jax.random.key(1), x, y, RECIPE)
+    start = unrolled.initial(jax.random.key(1), x.shape[1:], 4, RECIPE, x.dtype)
+    twin = nets.build("fc2-7-pieces2", shape=(2, 3, 1), n_classes=4, seed=0)
+    linear = [one for one in twin.modules() if isinstance(one, torch.nn.Linear)]
+    for layer, (weights, biases) in zip(linear, start.layers, strict=True):
+        layer.weight.data = torch.tensor(np.asarray(weights).T.copy())
+        layer.bias.data = torch.tensor(np.asarray(biases))
+    # Pieces come first in PyTorch's channels and last in JAX's; the first layer is mixed anyway.
+    order = np.arange(12).reshape(2, 3, 2).transpose(2, 0, 1).ravel()
+    linear[0].weight.data = linear[0].weight.data[:, order]
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.3, momentum=0.9)
+    images, labels = nets.to_tensor(np.asarray(x)), torch.tensor(np.asarray(y))
+    for _ in range(6):
+        optimizer.zero_grad()
+        (((twin(images) - labels) ** 2).sum(1).mean() / 2).backward()
+        optimizer.step()
+    np.testing.assert_allclose(net(x), nets.to_numpy(twin(images)), atol=1e-5)
+
+
+def test_first_weights_are_as_wide_as_those_of_pytorch():
+    net = unrolled.initial(jax.random.key(0), (8, 8, 1), 10, RECIPE._replace(width=50), jnp.float32)
+    fan_in = [128, 50, 50]
+    for (weights, biases), inputs in zip(net.layers, fan_in, strict=True):
+        assert weights.shape[0] == inputs
+        for part in (weights, biases):
+            assert 0.8 * inputs**-0.5 < float(jnp.abs(part).max()) <= inputs**-0.5
+
+
+def test_the_unrolled_gradient_is_that_of_finite_differences():
+    with jax.enable_x64(True):
+        x, y = support("float64")
+        rng = np.random.default_rng(1)
+        rows = jnp.asarray(rng.random((5, 2, 3, 1)))
+        labels = jax.nn.one_hot(jnp.arange(5) % 4, 4, dtype=rows.dtype)
+        weights, key = jnp.full(5, 0.2), jax.random.key(3)
+
+        def value(x, y):
+            net = unrolled.trained(key, x, y, RECIPE)
+            return (weights * losses.cross_entropy(net(rows), labels)).sum()
+
+        loss, gradient = unrolled._gradient(
+            key, x, y, rows, (labels, weights), RECIPE, losses.cross_entropy
+        )
+        np.testing.assert_allclose(loss, value(x, y), rtol=1e-12)
+        h = 1e-6
+        for which, (part, slope) in enumerate(zip((x, y), gradient, strict=True)):
+            way = jnp.asarray(rng.standard_normal(part.shape))
+            ends = [
+                value(
+                    *(one + sign * h * way if i == which else one for i, one in enumerate((x, y)))
+                )
+                for sign in (1, -1)
+            ]
+            np.testing.assert_allclose(
+                (ends[0] - ends[1]) / (2 * h), (slope * way).sum(), rtol=1e-6
+            )
+
+
+def test_a_run_that_is_cut_off_goes_on_with_the_same_bits(splits, tmp_path):
+    def run(name, n_steps):
+        e = changed(SMALL, unrolled__n_steps=n_steps, unrolled__keep_every=2)
+        folder = tmp_path / name
+        found = distill.distill(e, splits, method="unrolled", checkpoint_dir=folder, progress=False)
+        losses = [line["loss"] for line in found.history]
+        return losses, *data.read(folder / f"unrolled-{n_steps}.npz")[:1]
+
+    losses, last = run("whole", 4)
+    run("resumed", 2)
+    again, same = run("resumed", 4)
+    assert again == losses
+    for key in ("x_train", "y_train"):
+        np.testing.assert_array_equal(same[key], last[key])
+    _, before = run("short", 2)
+    assert not np.array_equal(before["x_train"], last["x_train"])
+
+
+def test_each_step_has_other_networks_and_validation_has_one(splits):
+    run = unrolled.Run(SMALL, splits, kernels.of(SMALL.kernel), "unrolled")
+    assert [run.grown(step) for step in range(5)] == [0.25, 0.75, 1.0, 1.0, 1.0]
+    first, again, other = ([str(k) for k in run.keys(step)] for step in (0, 0, 1))
+    assert first == again
+    assert len({*first, *other}) == 4
+    state = run.start(distill.initial_support(SMALL, splits))
+    one, two = (run.judged(state._replace(step=step), None) for step in (0, 3))
+    np.testing.assert_array_equal(one.layers[0][0], two.layers[0][0])
+
+
+def test_the_set_has_a_name_and_its_networks_are_named(digits, splits, tmp_path):
+    e = changed(SMALL, unrolled__n_steps=2)
+    made = sets.load(["unrolled"], e, splits, digits, tmp_path)["unrolled"]
+    assert (made.kernel, made.teacher) == (None, "fc1-16-pieces2")
+    name, again = sets.from_path(tmp_path / "unrolled.npz")
+    assert (name, again.kernel, again.teacher) == ("unrolled", None, "fc1-16-pieces2")
+    np.testing.assert_array_equal(again.x, made.x)
+    with pytest.raises(ValueError, match=r"expected settings of \['unrolled'\]"):
+        experiment(notebooks=["02_transfer"], networks__sets=["unrolled"])
+
+
+def test_networks_on_the_set_withstand_more(digits, tmp_path):
+    """Plain training by the same recipe, other first weights, the worst case on test images."""
+    e = experiment(
+        support__n_support=100, support__n_target=100, dataset__n_validation=100,
+        threat__epsilon=0.15, threat__step_size=0.03,
+        unrolled__n_steps=60, unrolled__eval_every=30, unrolled__net="fc1-64",
+        unrolled__net_steps=40, unrolled__learning_rate=0.004, unrolled__warmup=15,
+    )  # fmt: skip
+    splits = data.split(digits, e)
+    found = distill.distill(e, splits, method="unrolled", progress=False)
+    first, last = found.history[0], found.history[-1]
+    assert last["strong"] > first["strong"] + 0.1
+    assert last["clean"] > 0.8
