@@ -355,6 +355,11 @@ if left:
 # notebooks 2 to 4. The network of a kernel of pieces is named like it: `fc1-256-ntk0.1-pieces3`,
 # and `fc3-1024-pieces3` of the usual kind.
 #
+# One can also leave out the kernel. The set `unrolled` (`advkip.unrolled`, and for a run of it
+# `params/digits-unrolled.yaml`) comes from Algorithm 1 with a finite network in its place: in each
+# outer step networks with new first weights are trained on the support and attacked, and the
+# gradient goes through their whole training to the images.
+#
 # ## Other people's figures
 #
 # Many programs standardise images, z = (x - mean) / std, attack z with the radius that is meant for

@@ -47,7 +47,7 @@ def grid(folder):
 def test_what_the_notebooks_of_a_record_do_not_depend_on_is_no_difference(tmp_path):
     found = [write(tmp_path / "a"), write(tmp_path / "b", support__n_target=20)]
     found[0]["experiment"]["remedies"]["variants"] = []
-    found[0]["experiment"]["fully_connected"]["epochs"] = 7
+    found[0]["experiment"]["robust_features"]["n_steps"] = 7
     assert ablation.differing(found) == ["support.n_target"]
     for record in found:
         record["rows"][0]["notebook"] = "05_remedies"
