@@ -110,8 +110,9 @@ class Experiment(Section):
                     f"expected settings of {sorted(missing)}, which {notebook} trains on, got "
                     "null; pass them, or sets without it"
                 )
+            own = {"02_transfer": self.fully_connected.nets, "03_cnns": self.cnns.nets}
             if notebook in self.notebooks and "relabelled" in sets:
-                self._check_features(notebook)
+                self._check_features(own.get(notebook, self.diagnosed_nets()))
         if "04_shortcomings" in self.notebooks:
             self._check_diagnosis()
         if "05_remedies" in self.notebooks:
@@ -119,6 +120,8 @@ class Experiment(Section):
                 raise ValueError(
                     "expected settings of adv_kip, which 05_remedies varies, got null; pass them"
                 )
+            if self.remedies.copies:
+                self._check_features([self.remedies.student])
             self.variants()
         return self
 
@@ -137,11 +140,10 @@ class Experiment(Section):
                 "there, or without it"
             )
 
-    def _check_features(self, notebook):
-        own = {"02_transfer": self.fully_connected.nets, "03_cnns": self.cnns.nets}
+    def _check_features(self, nets):
         relabelling = self.relabelling
         scouts = (relabelling.scout,) * bool(relabelling.rounds)
-        for net in (*own.get(notebook, self.diagnosed_nets()), *scouts):
+        for net in (*nets, *scouts):
             section = self.section_of(net)
             if relabelling.shift and (section.loss, section.target) != ("mse", "labels"):
                 raise ValueError(
@@ -262,15 +264,8 @@ MACHINE = ("seed", "dataset", "kernel", "support", "threat")
 """Sections that a kernel machine on a support set depends on."""
 
 _NETS = (
-    *MACHINE,
-    "adv_kip",
-    "kip",
-    "unrolled",
-    "threat_l2",
-    "networks",
-    "relabelling",
-    "evaluation",
-)
+    *MACHINE, "adv_kip", "kip", "unrolled", "threat_l2", "networks", "relabelling", "evaluation",
+)  # fmt: skip
 SECTIONS = {
     "00_walkthrough": (),
     "01_kernels": (*MACHINE, "adv_kip", "kip"),

@@ -1,8 +1,8 @@
 """Algorithm 1 of the paper (adversarial KIP), and KIP, which is the same with no inner maximum.
 
-Every outer step solves for the kernel machine, attacks a new target batch (Eq. 8), and moves the
-support along the exact gradient (Eq. 7; see `algorithm` and `krr`). A run writes checkpoints and
-continues from them bit for bit.
+Every outer step solves for the kernel machine (or trains networks, see `unrolled`), attacks a new
+target batch (Eq. 8), and moves the support along the exact gradient (Eq. 7; see `algorithm` and
+`krr`). A run writes checkpoints and continues from them bit for bit.
 """
 
 import json
@@ -51,9 +51,9 @@ def distill(
     """Optimises a support set with Algorithm 1, or with KIP.
 
     Args:
-      experiment: its sections seed, kernel, support, threat, and `adv_kip` or `kip` are used.
+      experiment: its sections seed, kernel, support, threat, and that of the method are used.
       splits: `data.Splits`.
-      method: 'adv-kip' or 'kip'.
+      method: 'adv-kip', 'kip', or 'unrolled', with networks in the kernel's place.
       kernel: see `kernels`; None means the experiment's.
       checkpoint_dir: folder of distillation-<method>.npz, or None. It is continued; it is written
         every `checkpoint_every` steps, on interruption and at the end. The supports of every

@@ -124,6 +124,15 @@ class Unrolled(Distillation):
     clean_weight: Annotated[NotNegative, Field(le=1)] = 0.5
     choose_by: Chooser = "worst-case"
 
+    @model_validator(mode="after")
+    def _in_full_precision(self):
+        if self.attack_precision != "full":
+            raise ValueError(
+                "expected unrolled.attack_precision 'full', got "
+                f"{self.attack_precision!r}; pass that, networks have no other"
+            )
+        return self
+
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Hidden layers, width and pieces of the network."""
@@ -176,6 +185,8 @@ class Remedies(Networks):
     """of each original image, for networks on classes and on the answers of that set's machine"""
     student: Net = "fc1-256"
     """which networks those are, of the recipe of fully_connected or cnns"""
+    student_rate: Positive = 1e-3
+    """their learning rate"""
 
     @model_validator(mode="after")
     def _known(self):

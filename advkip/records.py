@@ -195,7 +195,8 @@ def same_results(experiment: Experiment, settings: dict, notebook: str) -> bool:
 def of_set(chosen, *, n_train: int | None = None) -> dict:
     """Columns of a row that say which `data.TrainingSet` a model was made from."""
     n_train = len(chosen.x) if n_train is None else n_train
-    return {"n_train": n_train, "set": files.digest_of_arrays(chosen.x, chosen.y)}
+    arrays = [part for part in (chosen.x, chosen.y, chosen.features) if part is not None]
+    return {"n_train": n_train, "set": files.digest_of_arrays(*arrays)}
 
 
 def of_training(chosen, found, trained=None) -> dict:

@@ -4,13 +4,15 @@ The kernel machine is a network of infinite width, trained to the end. Here it i
 width, with random first weights theta_0, trained for K steps of gradient descent with momentum, on
 the whole support at once,
 
-    L(theta) = sum_i |f(x_i) - y_i|^2 / (2 S),   v_k = mu v_(k-1) + dL / dtheta,   theta_(k+1) =
-    theta_k - eta v_k,
+    L(theta)    = sum_i |f(x_i) - y_i|^2 / (2 S)
+    v_k         = mu v_(k-1) + dL(theta_k) / dtheta
+    theta_(k+1) = theta_k - eta v_k,
 
 and the outer step goes down the gradient of J(S) (see `objective`) through all K steps to the
 images and labels, in the mean over several theta_0, drawn anew in each outer step. Attacks see the
-trained network, as they do the machine. Intermediate weights are computed twice instead of kept
-(rematerialised), so that memory holds the K states of the weights and one step's activations.
+trained network, as they do the machine. What a training step computes on its way is computed twice
+instead of kept (rematerialised), so that memory holds the weights of K steps and the activations of
+one.
 
 (Wang et al. 2018 distil data sets by unrolled training, without attacks.)
 """

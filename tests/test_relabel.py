@@ -312,6 +312,8 @@ def test_features_want_networks_of_numbers():
     with pytest.raises(ValueError, match="expected loss 'mse' and target 'labels' for simple-cnn"):
         experiment(**options, relabelling__shift=1)
     experiment(**options, relabelling__shift=1, cnns__loss="mse", cnns__target="labels")
+    with pytest.raises(ValueError, match="for simple-cnn"):  # of notebook 05
+        experiment(notebooks=["05_remedies"], relabelling__shift=1, remedies__student="simple-cnn")
     with pytest.raises(ValueError, match="for simple-cnn"):  # of a scout
         experiment(
             **options | {"notebooks": ["02_transfer"]}, relabelling__shift=1,

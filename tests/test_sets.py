@@ -143,8 +143,8 @@ def test_files_keep_label_vectors(tmp_path, rng):
 def test_original_images():
     e = changed(SMALL, dataset__n_validation=200, networks__n_original=300)
     splits = data.split(data.load("digits"), e)
-    x, y, kernel, teacher = data.draw_original(e, splits)
-    assert (kernel, teacher) == (None, "")
+    x, y, kernel, teacher, features = data.draw_original(e, splits)
+    assert (kernel, teacher, features) == (None, "", None)
     assert (x.shape, y.shape) == ((300, 8, 8, 1), (300, 10))
     np.testing.assert_allclose(y.sum(0), 30 - 300 / 10, atol=1e-4)  # centred
     assert ((y > 0).sum(0) == 30).all()
