@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
@@ -96,7 +96,7 @@ class Experiment(Section):
                 map(s.is_path, sets)
             )  # one may be the teacher
             needed = {"adv-kip" if name == "relabelled" and not teacher else name for name in sets}
-            made = [name for name in needed if name in (*s.METHODS, "unrolled")]
+            made = needed.intersection(get_args(s.Method))
             missing = [name for name in made if not self.distillation(name)]
             at = self.adversarial_training
             robust = self.relabelling.teacher == m.ADVERSARIAL and "relabelled" in sets
@@ -145,7 +145,7 @@ class Experiment(Section):
         scouts = (relabelling.scout,) * bool(relabelling.rounds)
         for net in (*nets, *scouts):
             section = self.section_of(net)
-            if relabelling.shift and (section.loss, section.target) != ("mse", "labels"):
+            if relabelling.shift and not section.takes_features:
                 raise ValueError(
                     f"expected loss 'mse' and target 'labels' for {net} with relabelling.shift, "
                     f"got {section.loss!r} and {section.target!r}; pass these, or shift 0"

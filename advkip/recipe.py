@@ -91,11 +91,6 @@ class Recipe:
             choose_by=experiment.networks.choose_by, **own,
         )  # fmt: skip
 
-    @property
-    def takes_features(self) -> bool:
-        """Whether a network can be asked for numbers beside those of the classes."""
-        return (self.loss, self.target) == ("mse", "labels")
-
     def identity(self) -> dict:
         """The settings that a state of training depends on, as plain JSON values."""
         rest = dataclasses.asdict(self)

@@ -105,10 +105,10 @@ class Trainer:
                 "expected settings of adversarial_training, got null; pass them to train so"
             )
         how = "adversarial" if adversarially else "plain"
-        recipe = Recipe.of(section, e)
-        features = chosen.features if recipe.takes_features else None
+        takes = isinstance(section, Networks) and section.takes_features
         found = search(
-            net, chosen.x, chosen.y, features=features, recipe=recipe, watched=self.watched,
+            net, chosen.x, chosen.y, features=chosen.features if takes else None,
+            recipe=Recipe.of(section, e), watched=self.watched,
             learning_rates=learning_rates or section.learning_rates, seeds=e.net_seeds(),
             checkpoint_dir=self.folder, label=f"network-{net}-{name}-{how}", progress=progress,
         )  # fmt: skip

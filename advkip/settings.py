@@ -211,6 +211,11 @@ class Networks(Training):
         check_target(self.loss, self.target)
         return self
 
+    @property
+    def takes_features(self) -> bool:
+        """Whether networks can be asked for numbers beside those of the classes."""
+        return (self.loss, self.target) == ("mse", "labels")
+
 
 def check_target(loss: str, target: str) -> None:
     """Raises ValueError for label vectors as they are with cross-entropy."""

@@ -109,19 +109,16 @@ def trained(key, x, y, recipe) -> Net:
     return jax.lax.scan(step, (start, still), None, length=recipe.n_steps)[0][0]
 
 
-@partial(jax.jit, static_argnums=3)
-def _trained(key, x, y, recipe):
-    return trained(key, x, y, recipe)
+_trained = jax.jit(trained, static_argnums=3)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
-def _gradient(key, x, y, rows, labels_and_weights, recipe, loss):
-    """Loss and its gradient in images and labels, with the attacked rows held fixed."""
-    labels, weights = labels_and_weights
+@partial(jax.jit, static_argnums=(4, 5))
+def _gradient(key, x, y, batch, recipe, loss):
+    """Loss and its gradient in images and labels, with an `objective.Batch` held fixed."""
 
     def of(support):
         net = trained(key, *support, recipe)
-        return (weights * loss(net(rows), labels)).sum()
+        return (batch.weights * loss(net(batch.x), batch.labels)).sum()
 
     return jax.value_and_grad(of)((x, y))
 
@@ -156,8 +153,7 @@ class Run(algorithm.Run):
                 net, x, y, step=state.step, grown=self.grown(state.step)
             )
             batch = self.objective.batch(net, x, attacked, y)
-            rows = batch.x, (batch.labels, batch.weights)
-            found.append(_gradient(key, *state.support, *rows, self.recipe, self.objective.loss))
+            found.append(_gradient(key, *state.support, batch, self.recipe, self.objective.loss))
         loss, gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
         return algorithm.Slope(float(loss), gradient)
 

@@ -311,8 +311,9 @@ if widths:
 # the machine answers in place of the classes (`advkip.relabel`). Here is `remedies.student` on such
 # sets, labelled by the machine of the set that was handed on, and on `noisy`, the same images with
 # their classes, its yardstick; for each number of copies in `remedies.copies`, and with as many
-# training steps for all. If `relabelling.shift` says so, a third kind of network is also asked, of
-# each image, what the machine answers to the image moved by a pixel to four sides: its *features*.
+# training steps for all. With `relabelling.shift` a third kind of network is also asked, of each
+# image, what the machine answers to the image moved by so many pixels to four sides: its
+# *features*.
 
 # %%
 student, section = experiment.remedies.student, experiment.section_of(experiment.remedies.student)

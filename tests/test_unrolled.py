@@ -6,27 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, distill, kernels, losses, nets, sets, unrolled
-from tests.sections import changed, experiment
+from advkip import data, distill, kernels, losses, nets, objective, sets, unrolled
+from tests.sections import SMALL_SETS, changed, experiment
 
-SMALL = experiment(
-    support__n_support=30, support__n_target=25, dataset__n_validation=40, dataset__n_test=50,
-    unrolled__n_steps=4, unrolled__eval_every=2, unrolled__checkpoint_every=2,
+SMALL = changed(
+    SMALL_SETS, unrolled__n_steps=4, unrolled__eval_every=2, unrolled__checkpoint_every=2,
     unrolled__pgd_steps=2, unrolled__eval_pgd_steps=2, unrolled__net="fc1-16-pieces2",
     unrolled__net_steps=5, unrolled__learning_rate=0.01, unrolled__choose_by="pgd",
     unrolled__n_nets=1,
 )  # fmt: skip
 RECIPE = unrolled.Recipe(depth=2, width=7, n_pieces=2, n_steps=6, learning_rate=0.3)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load("digits")
-
-
-@pytest.fixture(scope="module")
-def splits(digits):
-    return data.split(digits, SMALL)
 
 
 def support(dtype):
@@ -77,7 +66,7 @@ def test_the_unrolled_gradient_is_that_of_finite_differences():
             return (weights * losses.cross_entropy(net(rows), labels)).sum()
 
         loss, gradient = unrolled._gradient(
-            key, x, y, rows, (labels, weights), RECIPE, losses.cross_entropy
+            key, x, y, objective.Batch(rows, labels, weights), RECIPE, losses.cross_entropy
         )
         np.testing.assert_allclose(loss, value(x, y), rtol=1e-12)
         h = 1e-6
@@ -135,7 +124,7 @@ def test_the_set_has_a_name_and_its_networks_are_named(digits, splits, tmp_path)
         experiment(notebooks=["02_transfer"], networks__sets=["unrolled"])
 
 
-def test_networks_on_the_set_withstand_more(digits, tmp_path):
+def test_networks_on_the_set_withstand_more(digits):
     """Plain training by the same recipe from other first weights, the worst case of validation."""
     e = experiment(
         support__n_support=100, support__n_target=100, dataset__n_validation=100,
