@@ -123,32 +123,40 @@ def _relu_recursion(sigma, p, q, depth, w2, b2):
     The derivatives follow from d kappa_1 / dc = kappa_0 and d kappa_0 / dc = 1 / (pi s),
     s = sqrt(1 - c^2), by forward differentiation: `*_u` by sigma_0, `*_p` by p_0.
     """
-    theta = sigma
-    sigma_u, theta_u, sigma_p, theta_p = 1.0, 1.0, 0.0, 0.0
-    p_p = 1.0
+    state = sigma, sigma, p, q, 1.0, (1.0, 1.0), (0.0, 0.0)
     for _ in range(depth):
-        # A zero image with b_std = 0 has p = 0: its kernel and derivatives are set to 0.
-        inverse_p, inverse_q = inverse(p), inverse(q)
-        root, inverse_root = jnp.sqrt(p) * jnp.sqrt(q), jnp.sqrt(inverse_p) * jnp.sqrt(inverse_q)
-        c = jnp.clip(sigma * inverse_root, -1.0, 1.0)
-        square = (1 - c) * (1 + c)
-        sine = jnp.sqrt(square)
-        k0 = 0.5 - arccos(c) / (2 * math.pi)
-        k1 = root * sine / (2 * math.pi) + sigma * k0
-        k0_c = sine / (
-            2 * math.pi * jnp.maximum(square, cusp_width(sigma.dtype))
-        )  # 1 / sine; 0 on the cusp
-        k0_u = k0_c * inverse_root * sigma_u
-        k0_p = k0_c * (inverse_root * sigma_p - 0.5 * p_p * inverse_p * c)
-
-        sigma_p = w2 * (k0 * sigma_p + p_p / (4 * math.pi) * sine * root * inverse_p)
-        sigma_u = w2 * k0 * sigma_u
-        theta_p = sigma_p + w2 * (k0 * theta_p + theta * k0_p)
-        theta_u = sigma_u + w2 * (k0 * theta_u + theta * k0_u)
-        sigma = w2 * k1 + b2
-        theta = sigma + w2 * k0 * theta
-        p, q, p_p = w2 * p / 2 + b2, w2 * q / 2 + b2, w2 * p_p / 2
+        state = _relu_layer(*state, w2, b2)
+    _, theta, *_, (_, theta_u), (_, theta_p) = state
     return theta, theta_u, theta_p
+
+
+@partial(jax.jit, static_argnames=("w2", "b2"))
+def _relu_layer(sigma, theta, p, q, p_p, by_u, by_p, w2, b2):
+    """The next layer. A function of its own to JAX, which traces it once for all layers (XLA puts
+    it in their place, with the same bits): otherwise a deep net takes seconds before it runs."""
+    (sigma_u, theta_u), (sigma_p, theta_p) = by_u, by_p
+    # A zero image with b_std = 0 has p = 0: its kernel and derivatives are set to 0.
+    inverse_p, inverse_q = inverse(p), inverse(q)
+    root, inverse_root = jnp.sqrt(p) * jnp.sqrt(q), jnp.sqrt(inverse_p) * jnp.sqrt(inverse_q)
+    c = jnp.clip(sigma * inverse_root, -1.0, 1.0)
+    square = (1 - c) * (1 + c)
+    sine = jnp.sqrt(square)
+    k0 = 0.5 - arccos(c) / (2 * math.pi)
+    k1 = root * sine / (2 * math.pi) + sigma * k0
+    k0_c = sine / (
+        2 * math.pi * jnp.maximum(square, cusp_width(sigma.dtype))
+    )  # 1 / sine; 0 on the cusp
+    k0_u = k0_c * inverse_root * sigma_u
+    k0_p = k0_c * (inverse_root * sigma_p - 0.5 * p_p * inverse_p * c)
+
+    sigma_p = w2 * (k0 * sigma_p + p_p / (4 * math.pi) * sine * root * inverse_p)
+    sigma_u = w2 * k0 * sigma_u
+    theta_p = sigma_p + w2 * (k0 * theta_p + theta * k0_p)
+    theta_u = sigma_u + w2 * (k0 * theta_u + theta * k0_u)
+    sigma = w2 * k1 + b2
+    theta = sigma + w2 * k0 * theta
+    p, q, p_p = w2 * p / 2 + b2, w2 * q / 2 + b2, w2 * p_p / 2
+    return sigma, theta, p, q, p_p, (sigma_u, theta_u), (sigma_p, theta_p)
 
 
 def _pull_closed_form(kernel, x, s, sigma, w):

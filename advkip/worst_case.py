@@ -17,7 +17,7 @@ RIVALS = 3
 """Classes that targeted attacks push to."""
 
 GROUP = 128
-"""Images left are filled up to a multiple of this, so that few shapes are compiled."""
+"""Images left are filled up to a multiple of this, or of all, so that few shapes are compiled."""
 
 
 def plans(n_classes) -> list[tuple[str, int]]:
@@ -55,7 +55,8 @@ def withstood(
         index = np.flatnonzero(left)
         if not len(index):
             break
-        rows = np.resize(index, -(-len(index) // GROUP) * GROUP)
+        group = min(GROUP, len(y))
+        rows = np.resize(index, -(-len(index) // group) * group)
 
         def attack(x, y, aim, loss=loss):
             return attacks.pgd(

@@ -48,7 +48,6 @@ threat: dict = {"norm": "linf", "epsilon": 0.2, "step_size": 0.05}  # pixel unit
 adv_kip: dict = {"n_steps": 60}  # the paper's losses and judge, as in notebook 01
 remedies: dict = {
     "variants": [
-        {"name": "another judge", "adv_kip": {"choose_by": "worst-case"}},
         {
             "name": "FC1, margin and hinge",
             "kernel": {"name": "fc1"},
@@ -129,8 +128,9 @@ experiment.changes()  # all else is at its default
 # attack? The paper's PGD climbs the cross-entropy. A stronger judge counts an image only if it
 # withstands PGD on the cross-entropy, on the margin (the largest wrong logit minus the right one)
 # and towards each of the three likeliest wrong classes (`advkip.worst_case`). That is close to what
-# AutoAttack leaves, and cheap on a kernel. *As given* and *another judge* are the same run; the one
-# keeps what PGD likes, the other what the worst of these attacks leaves most of.
+# AutoAttack leaves, and cheap on a kernel. `adv_kip.choose_by` names the judge. A run that is
+# judged by the worst case says what PGD leaves as well, so below it can be read off which step
+# either would have kept.
 
 # %%
 images = data.load(experiment.dataset.name, experiment.dataset.folder)

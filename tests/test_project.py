@@ -459,7 +459,7 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng, monkeypatch):
     e = e.replace(
         dataset={"folder": str(tmp_path), "n_validation": 10, "n_test": 10},
         support={"n_support": 20, "n_target": 10}, networks={"n_original": 20},
-        **inner or {}, **{"kip": few} if e.kip else {},
+        **inner or {}, **{"kip": few} if e.kip else {}, **{"unrolled": few} if e.unrolled else {},
     )  # fmt: skip
     e = e.replace(support={"grown_from": grown_from(e, tmp_path)})
     splits = data.split(data.load(name, tmp_path), e)
