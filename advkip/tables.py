@@ -3,6 +3,7 @@
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -256,7 +257,7 @@ DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
 
 
 def _weight(line):
-    return line.n_test, -abs((line.images or 0) - USUAL_IMAGES)
+    return line.n_test, -abs(math.log((line.images or 1) / USUAL_IMAGES))
 
 
 def summary(found) -> str:
@@ -269,7 +270,7 @@ def summary_rows(found) -> list[list[str]]:
     """Clean and AutoAttack accuracy of a few models, and the paper's AutoAttack; the head first.
 
     Of several lines of one model, the one with most test images counts, of these the one with a
-    number of training images nearest USUAL_IMAGES, and the first of these.
+    number of training images nearest USUAL_IMAGES as a ratio, and the first of these.
 
     Args:
       found: a list of records (see `records.read`).
