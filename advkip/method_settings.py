@@ -103,15 +103,21 @@ SWITCHES = (
 KIP = Distillation(pgd_steps=0, outer_loss="mse", learning_rate=1e-3, label_learning_rate=1e-3)
 
 
+def several(net: str | list[str]) -> list[str]:
+    """The names of a pool of networks, of which there may be one."""
+    return [net] if isinstance(net, str) else net
+
+
 class Unrolled(Distillation):
     """Algorithm 1 with networks that are trained inside each outer step (see `unrolled`)."""
 
-    net: Annotated[str, Field(pattern=r"^fc[1-9]-[1-9]\d*(-pieces[2-9])?$")] = "fc1-256"
+    net: str | list[str] = "fc1-256"
+    """or a pool, whose networks take turns"""
     net_steps: Count = 60
     """of gradient descent, on the whole support"""
     net_learning_rate: Positive = 0.1
     n_nets: Count = 2
-    """networks of other first weights in each outer step"""
+    """in each outer step, of other first weights"""
     warmup: Annotated[int, Field(ge=0)] = 0
     """outer steps in which the radius grows, from a quarter of it"""
     n_steps: Count = 100
@@ -125,6 +131,16 @@ class Unrolled(Distillation):
     choose_by: Chooser = "worst-case"
 
     @model_validator(mode="after")
+    def _fully_connected(self):
+        pattern = r"fc[1-9]-[1-9]\d*(-pieces[2-9])?"
+        if not (self.pool and all(re.fullmatch(pattern, net) for net in self.pool)):
+            raise ValueError(
+                "expected in unrolled.net a fully connected network, depth and width, or a list of "
+                f"them, got {self.net!r}; pass such as 'fc1-256' or ['fc1-64', 'fc2-128-pieces3']"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _in_full_precision(self):
         if self.attack_precision != "full":
             raise ValueError(
@@ -134,10 +150,15 @@ class Unrolled(Distillation):
         return self
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Hidden layers, width and pieces of the network."""
-        depth, width, pieces = map(int, re.findall(r"\d+", f"{self.net}-1")[:3])
-        return depth, width, pieces
+    def pool(self) -> list[str]:
+        """The names of the networks that take turns; the first is the one that is validated."""
+        return several(self.net)
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Hidden layers, width and pieces of each network of the pool."""
+        found = (map(int, re.findall(r"\d+", f"{net}-1")[:3]) for net in self.pool)
+        return [(depth, width, pieces) for depth, width, pieces in found]
 
 
 class Variant(Section):

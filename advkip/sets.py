@@ -36,7 +36,7 @@ from advkip import (
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.method_settings import ADVERSARIAL
+from advkip.method_settings import ADVERSARIAL, several
 from advkip.relabel import NOISY, RELABELLED
 from advkip.settings import Kernel, Method, is_path
 
@@ -183,7 +183,7 @@ def _distilled(method: Method, experiment, splits, dataset, folder):
         distill.save(path, result, experiment, dataset)
     x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
     if method == UNROLLED:
-        return TrainingSet(x, y, teacher=experiment.unrolled.net)
+        return TrainingSet(x, y, teacher=", ".join(experiment.unrolled.pool))
     return TrainingSet(x, y, experiment.kernel)
 
 
@@ -236,7 +236,8 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
         teacher = json.loads(settings).get("teacher", kernel.name)
         return RELABELLED, TrainingSet(*parts, teacher=teacher, features=relabel.read(path))
     if method == UNROLLED:
-        return UNROLLED, TrainingSet(*parts, teacher=json.loads(settings)[UNROLLED]["net"])
+        pool = several(json.loads(settings)[UNROLLED]["net"])
+        return UNROLLED, TrainingSet(*parts, teacher=", ".join(pool))
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
 

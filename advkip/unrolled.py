@@ -9,10 +9,10 @@ the whole support at once,
     theta_(k+1) = theta_k - eta v_k,
 
 and the outer step goes down the gradient of J(S) (see `objective`) through all K steps to the
-images and labels, in the mean over several theta_0, drawn anew in each outer step. Attacks see the
-trained network, as they do the machine. What a training step computes on its way is computed twice
-instead of kept (rematerialised), so that memory holds the weights of K steps and the activations of
-one.
+images and labels, in the mean over several theta_0, drawn anew in each outer step. The networks may
+come from a pool of widths and depths, and take turns. Attacks see the trained network, as they do
+the machine. What a training step computes on its way is computed twice instead of kept
+(rematerialised), so that memory holds the weights of K steps and the activations of one.
 
 (Wang et al. 2018 distil data sets by unrolled training, without attacks.)
 """
@@ -128,15 +128,21 @@ class Run(algorithm.Run):
 
     def __init__(self, experiment, splits, kernel, method):
         super().__init__(experiment, splits, kernel, method)
-        depth, width, n_pieces = self.settings.sizes
-        self.recipe = Recipe(
-            depth, width, n_pieces, self.settings.net_steps, self.settings.net_learning_rate
-        )
+        settings = self.settings
+        self.recipes = [
+            Recipe(*sizes, settings.net_steps, settings.net_learning_rate)
+            for sizes in settings.sizes
+        ]
 
     def keys(self, step) -> list:
         """Of the first weights of an outer step."""
         stream = data.generator(self.experiment.seed, "unrolled", step)
         return [jax.random.key(k) for k in stream.integers(2**31, size=self.settings.n_nets)]
+
+    def turns(self, step) -> list[Recipe]:
+        """The recipes of an outer step; those of the pool follow one another across steps."""
+        n, pool = self.settings.n_nets, self.recipes
+        return [pool[k % len(pool)] for k in range(step * n, (step + 1) * n)]
 
     def grown(self, step) -> float:
         """The share of the radius at an outer step, in quarters: each is compiled for itself."""
@@ -147,16 +153,16 @@ class Run(algorithm.Run):
         """Loss and gradient of the step's target batch, the mean over networks."""
         x, y = self.target(state.step)
         found = []
-        for key in self.keys(state.step):
-            net = _trained(key, *state.support, self.recipe)
+        for key, recipe in zip(self.keys(state.step), self.turns(state.step), strict=True):
+            net = _trained(key, *state.support, recipe)
             attacked = self.objective.attack(
                 net, x, y, step=state.step, grown=self.grown(state.step)
             )
             batch = self.objective.batch(net, x, attacked, y)
-            found.append(_gradient(key, *state.support, batch, self.recipe, self.objective.loss))
+            found.append(_gradient(key, *state.support, batch, recipe, self.objective.loss))
         loss, gradient = jax.tree.map(lambda *parts: sum(parts) / len(parts), *found)
         return algorithm.Slope(float(loss), gradient)
 
     def judged(self, state, slope) -> Net:
-        """The network that is validated; its first weights are the same in all steps."""
-        return _trained(self.keys(JUDGED)[0], *state.support, self.recipe)
+        """The pool's first network; its first weights are the same in all steps."""
+        return _trained(self.keys(JUDGED)[0], *state.support, self.recipes[0])

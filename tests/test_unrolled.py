@@ -113,12 +113,37 @@ def test_each_step_has_other_networks_and_validation_has_one(splits):
     np.testing.assert_array_equal(one.layers[0][0], two.layers[0][0])
 
 
-def test_the_set_has_a_name_and_its_networks_are_named(digits, splits, tmp_path):
-    e = changed(SMALL, unrolled__n_steps=2)
+def test_networks_of_a_pool_take_turns_and_the_slope_is_the_mean_of_theirs(splits):
+    e = changed(SMALL, unrolled__net=["fc1-8", "fc2-16", "fc1-16-pieces2"], unrolled__n_nets=2)
+    run = unrolled.Run(e, splits, kernels.of(e.kernel), "unrolled")
+    sizes = [[(r.depth, r.width, r.n_pieces) for r in run.turns(step)] for step in range(3)]
+    assert sizes == [[(1, 8, 1), (2, 16, 1)], [(1, 16, 2), (1, 8, 1)], [(2, 16, 1), (1, 16, 2)]]
+    state = run.start(distill.initial_support(e, splits))._replace(step=1)
+    both = run.slope(state)
+    assert run.judged(state, both).layers[0][0].shape == (64, 8)
+    x, y = run.target(1)
+    alone = []
+    for key, recipe in zip(run.keys(1), run.turns(1), strict=True):
+        net = unrolled.trained(key, *state.support, recipe)
+        attacked = run.objective.attack(net, x, y, step=1, grown=1.0)
+        batch = run.objective.batch(net, x, attacked, y)
+        loss = run.objective.loss
+        alone.append(unrolled._gradient(key, *state.support, batch, recipe, loss)[1])
+    assert float(jnp.abs(alone[0][0] - alone[1][0]).max()) > 0
+    for part, *parts in zip(both.support, *alone, strict=True):
+        np.testing.assert_allclose(part, sum(parts) / 2, atol=1e-5 * float(jnp.abs(part).max()))
+
+
+@pytest.mark.parametrize(
+    ("net", "named"),
+    [("fc1-16-pieces2", "fc1-16-pieces2"), (["fc1-8", "fc1-16-pieces2"], "fc1-8, fc1-16-pieces2")],
+)
+def test_the_set_has_a_name_and_its_networks_are_named(net, named, digits, splits, tmp_path):
+    e = changed(SMALL, unrolled__n_steps=2, unrolled__net=net)
     made = sets.load(["unrolled"], e, splits, digits, tmp_path)["unrolled"]
-    assert (made.kernel, made.teacher) == (None, "fc1-16-pieces2")
+    assert (made.kernel, made.teacher) == (None, named)
     name, again = sets.from_path(tmp_path / "unrolled.npz")
-    assert (name, again.kernel, again.teacher) == ("unrolled", None, "fc1-16-pieces2")
+    assert (name, again.kernel, again.teacher) == ("unrolled", None, named)
     np.testing.assert_array_equal(again.x, made.x)
     with pytest.raises(ValueError, match=r"expected settings of \['unrolled'\]"):
         experiment(notebooks=["02_transfer"], networks__sets=["unrolled"])
@@ -138,6 +163,12 @@ def test_networks_on_the_set_withstand_more(digits):
     for line in others:
         assert line["strong"] > first["strong"] + 0.05
         assert line["clean"] > 0.85
+
+
+@pytest.mark.parametrize("net", ["simple-cnn", [], ["fc1-16", "kernel"]])
+def test_networks_of_a_pool_are_fully_connected(net):
+    with pytest.raises(ValueError, match=r"expected in unrolled.net a fully connected"):
+        experiment(unrolled__net=net)
 
 
 def test_attacks_on_networks_are_in_full_precision():
