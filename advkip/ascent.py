@@ -1,7 +1,8 @@
 """How an attack climbs: fixed steps (Madry et al. 2018), or APGD's (Croce and Hein 2020).
 
 A rule takes `climb(x) -> (losses (n,), d sum(losses) / dx)`, starting points in the balls around
-the images x, and a number of steps, and returns attacked images. It is pure, for use inside jit.
+the images x, and what it needs to know of its steps, and returns attacked images. It is pure, for
+use inside jit.
 """
 
 import math
@@ -43,12 +44,14 @@ def checkpoints(n_steps) -> np.ndarray:
     return since
 
 
-def adaptive(climb, start, x, *, threat, n_steps) -> jax.Array:
+def adaptive(climb, start, x, *, threat, since) -> jax.Array:
     """APGD: steps of 2 epsilon with momentum, halved for an image where they no longer raise its
-    loss, from its best point on; the point of largest loss of each image."""
-    if not n_steps:
+    loss, from its best point on; the point of largest loss of each image.
+
+    There are as many steps as `since`, from `checkpoints`, is long."""
+    if not len(since):
         return start
-    since = jnp.asarray(checkpoints(n_steps))
+    since = jnp.asarray(since)
 
     def of_image(values):
         return values.reshape(-1, *[1] * (x.ndim - 1))
@@ -94,4 +97,4 @@ def adaptive(climb, start, x, *, threat, n_steps) -> jax.Array:
             "most": jnp.maximum(losses, s["most"]),
         }  # fmt: skip
 
-    return jax.lax.fori_loop(0, n_steps, step, state)["best"]
+    return jax.lax.fori_loop(0, len(since), step, state)["best"]

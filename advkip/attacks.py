@@ -4,6 +4,7 @@ An attack looks for x' in the ball |x' - x| <= epsilon, inside the pixel range, 
 loss large. epsilon and step sizes are in pixel units of [0, 1]: 8/255, not 8.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from advkip import ascent, inputs
-from advkip.devices import everywhere, jit, over_rows
+from advkip.devices import everywhere, jit, operand, over_rows
 from advkip.losses import LOSSES, cross_entropy, towards
 from advkip.threat import Threat as Threat
 from advkip.threat import distance as distance
@@ -72,8 +73,9 @@ def pgd(
     x, y = everywhere(x), everywhere(inputs.labels(y, len(x)))
     aim = everywhere(jnp.zeros(len(x), int) if aim is None else jnp.asarray(aim))
     logits_fn = _as_pytree(logits_fn)
-    how = threat, n_steps, loss, n_restarts, rule
-    return _pgd(logits_fn, x, y, aim, step_size, key, *how)
+    steps = ascent.checkpoints(n_steps) if rule == "apgd" else n_steps
+    return _pgd(logits_fn, x, y, aim, key, Ball(**vars(threat)), step_size, steps, loss,
+                n_restarts, rule)  # fmt: skip
 
 
 def check_numbers(n_steps, step_size, n_restarts, loss, losses) -> None:
@@ -97,8 +99,27 @@ def _as_pytree(function):
     return Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
-@partial(jit, static_argnums=(6, 7, 8, 9, 10))
-def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts, rule):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["epsilon"], meta_fields=["norm", "low", "high"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Ball:
+    """A `Threat` for programs that serve all radii."""
+
+    norm: str
+    epsilon: float | jax.Array
+    low: float
+    high: float
+
+
+@partial(jit, static_argnums=(8, 9, 10))
+def _pgd(logits_fn, x, y, aim, key, ball, step_size, steps, loss, n_restarts, rule):
+    """`pgd` as it is compiled: once for all radii, step sizes and, but for APGD, numbers of steps.
+
+    `steps` is that number, or APGD's checkpoints.
+    """
+
     def losses(logits_fn, x_attacked, y, aim):
         logits = logits_fn(x_attacked)
         targets = jax.nn.one_hot(y, logits.shape[1], dtype=x.dtype) if y.ndim == 1 else y
@@ -106,7 +127,7 @@ def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts
         return chosen(logits, targets), (logits, targets)
 
     def ascend(rows, model):
-        (start, x, y, aim), (logits_fn, step_size) = rows, model
+        (start, x, y, aim), (logits_fn, ball, step_size, steps) = rows, model
 
         def total(point):
             values = losses(logits_fn, point, y, aim)[0]
@@ -118,14 +139,14 @@ def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts
             return values, jnp.where(jnp.isfinite(g), g, 0)
 
         if rule == "apgd":
-            return ascent.adaptive(climb, start, x, threat=threat, n_steps=n_steps)
-        return ascent.fixed(climb, start, x, threat=threat, n_steps=n_steps, step_size=step_size)
+            return ascent.adaptive(climb, start, x, threat=ball, since=steps)
+        return ascent.fixed(climb, start, x, threat=ball, n_steps=steps, step_size=step_size)
 
     def run(start):
-        return over_rows(ascend, (start, x, y, aim), (logits_fn, step_size))
+        return over_rows(ascend, (start, x, y, aim), (logits_fn, ball, step_size, steps))
 
     if n_restarts == 1:
-        return run(x if key is None else random_start(key, x, threat))
+        return run(x if key is None else random_start(key, x, ball))
 
     def score(x_attacked):
         # A fooled image beats every unfooled one; among equals the larger loss wins.
@@ -135,7 +156,7 @@ def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts
 
     def restart(i, best):
         x_best, wrong_best, value_best = best
-        x_new = run(random_start(jax.random.fold_in(key, i), x, threat))
+        x_new = run(random_start(jax.random.fold_in(key, i), x, ball))
         wrong, value = score(x_new)
         better = (wrong & ~wrong_best) | ((wrong == wrong_best) & (value > value_best))
         mask = better.reshape(-1, *[1] * (x.ndim - 1))
@@ -151,7 +172,7 @@ def _pgd(logits_fn, x, y, aim, step_size, key, threat, n_steps, loss, n_restarts
 def predict(logits_fn, x, *, batch_size) -> jax.Array:
     """Logits (n, C) of images x, in batches; `logits_fn` as in `pgd`. No images give (0, C)."""
     logits_fn = _as_pytree(logits_fn)
-    return in_batches(partial(_predict, logits_fn), everywhere(x), batch_size=batch_size)
+    return in_batches(partial(_predict, logits_fn), operand(x), batch_size=batch_size)
 
 
 @jit

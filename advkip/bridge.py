@@ -14,8 +14,12 @@ import numpy as np
 import torch
 
 from advkip.attacks import in_batches, predict
-from advkip.devices import everywhere, jit, over_rows
+from advkip.devices import jit, operand, over_rows
 from advkip.gram import rows_of_tile
+
+FEW, FREE = 16, 150_000
+"""Batches are filled up to the first if that takes no more than so many pixels of pairs: some two
+milliseconds with the slowest kernel, where each further size takes the compiler a second."""
 
 
 class KernelNet(torch.nn.Module):
@@ -27,13 +31,14 @@ class KernelNet(torch.nn.Module):
     Args:
       machine: a `krr.KernelMachine`.
       batch_size: rows that JAX is given at a time; 0 chooses. Smaller batches are filled up to
-        the next power of two, so that JAX compiles for few sizes only.
+        the next power of two, those on a small support to FEW, so that JAX compiles for few sizes.
     """
 
     def __init__(self, machine, *, batch_size=0):
         super().__init__()
         self.machine = machine
         self.batch_size = batch_size or rows_of_tile(machine.kernel, len(machine.x_support))
+        self.fewest = FEW if FEW * machine.x_support.size <= FREE else 1
         # Its dtype follows `double()` and `float()`, also those of a module around this one.
         self.register_buffer("precision", torch.zeros(0), persistent=False)
         self.eval()
@@ -56,6 +61,10 @@ class KernelNet(torch.nn.Module):
             wide = self.precision.dtype == torch.float64
             self.machine = _in_precision(self.machine, "float64" if wide else "float32")
         return self
+
+    def rows(self, n) -> int:
+        """Of the batches that n images come in, the last one filled up."""
+        return min(self.batch_size, max(self.fewest, 1 << max(n - 1, 0).bit_length()))
 
     def in_float64(self) -> "KernelNet":
         """The same machine with its sums in double precision."""
@@ -92,8 +101,7 @@ def _rows_of(net, function, x, *rest):
     dtype = net.machine.alpha.dtype
     # PyTorch may call backward passes in threads of its own, where JAX has its default precision.
     with jax.enable_x64(True) if dtype == np.float64 else nullcontext():
-        n, most = len(x), net.batch_size
-        size = min(most, 1 << max(n - 1, 0).bit_length())
+        n, size = len(x), net.rows(len(x))
         arrays = [_to_jax(_filled(a, -n % size), dtype) for a in (x.movedim(1, 3), *rest)]
         return _to_torch(function(net.machine, *arrays, batch_size=size), x.device)[:n]
 
@@ -113,7 +121,7 @@ def _shares(tensor_device):
 def _to_jax(tensor, dtype):
     if _shares(tensor.device):
         return jnp.from_dlpack(tensor.detach().contiguous()).astype(dtype)
-    return jnp.asarray(tensor.detach().cpu().numpy(), dtype)
+    return tensor.detach().cpu().numpy().astype(dtype, copy=False)
 
 
 def _to_torch(array, tensor_device):
@@ -124,7 +132,7 @@ def _to_torch(array, tensor_device):
 
 def _pullback(machine, x, g, *, batch_size):
     """Of logits' cotangents g (n, classes) to images x, in batches."""
-    arrays = everywhere(x), everywhere(g)
+    arrays = operand(x), operand(g)
     return in_batches(partial(_pull_batch, machine), *arrays, batch_size=batch_size)
 
 

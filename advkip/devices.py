@@ -80,6 +80,14 @@ def everywhere(x) -> Any:
     return jax.device_put(x, NamedSharding(_mesh(), PartitionSpec()))
 
 
+def operand(x) -> Any:
+    """x for a compiled function: an array on all devices, or of one device NumPy's own.
+
+    A compiled function takes NumPy's arrays itself, several times as fast as `jnp.asarray`.
+    """
+    return x if jax.device_count() == 1 and isinstance(x, np.ndarray) else everywhere(x)
+
+
 def zeros_everywhere(shape, dtype) -> jax.Array:
     """Zeros on all devices, as `everywhere`."""
     if jax.device_count() == 1:

@@ -90,13 +90,17 @@ class _Machine(_Network):
     def __init__(self, machine, seed, batch_size):
         net = bridge.KernelNet(machine, batch_size=batch_size)
         super().__init__(net, seed, net.batch_size)
-        self.machine, self.model = machine, f"{machine.kernel}"
+        self.bridge, self.machine, self.model = net, machine, f"{machine.kernel}"
 
     def weights(self):
         return [np.asarray(self.machine.x_support), np.asarray(self.machine.alpha)]
 
     def logits(self, x):
-        return np.asarray(attacks.predict(self.machine, x, batch_size=self.batch_size))
+        n, x = len(x), np.asarray(x)
+        if self.bridge.fewest > 1:  # on a small support compiling takes longer than more rows
+            fill = -n % self.bridge.rows(n)
+            x = np.concatenate([x, np.zeros((fill, *x.shape[1:]), x.dtype)])
+        return np.asarray(attacks.predict(self.machine, x, batch_size=self.batch_size))[:n]
 
     def attacked(self, attack: Attack, x, y, threat, step_size):
         if attack.kind == "fgsm":

@@ -35,7 +35,7 @@ def test_reaches_the_maximum_of_a_hill_inside_the_ball(rng, norm):
         (_, heights), slope = jax.value_and_grad(height, has_aux=True)(point)
         return heights, slope
 
-    found = ascent.adaptive(climb, x, x, threat=threat, n_steps=100)
+    found = ascent.adaptive(climb, x, x, threat=threat, since=ascent.checkpoints(100))
     fixed = ascent.fixed(climb, x, x, threat=threat, n_steps=100, step_size=0.1)
     reached = np.abs(found - top).max()
     assert reached < 0.01

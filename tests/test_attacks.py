@@ -97,6 +97,30 @@ def test_integer_labels_equal_one_hot_labels(rng):
     np.testing.assert_array_equal(a, b)
 
 
+def test_one_program_serves_all_radii_and_steps(rng):
+    """So that a slider of radii, or a sweep over them, need not wait for the compiler."""
+    compiled = []
+    weights, model = linear(rng)
+
+    def counted(x):
+        compiled.append(1)
+        return model(x)
+
+    x, y = jnp.asarray(rng.random((5, *SHAPE))), jnp.arange(5) % 3
+    found = []
+    for radius, n_steps, size in ((0.1, 3, 0.05), (0.1, 3, 0.05), (0.3, 3, 0.05), (0.3, 20, 0.1)):
+        options = {"threat": Threat("linf", radius), "n_steps": n_steps, "step_size": size}
+        found.append(attacks.pgd(counted, x, y, **options))
+        assert len(compiled) == 1
+    attacks.fgsm(counted, x, y, threat=Threat("linf", 0.2))
+    assert len(compiled) == 1
+    np.testing.assert_array_equal(found[0], found[1])
+    moved = [float(attacks.distance(one, x, "linf").max()) for one in found]
+    np.testing.assert_allclose(moved, [0.1, 0.1, 0.15, 0.3], rtol=1e-6)
+    attacks.pgd(counted, x, y, threat=Threat("l2", 0.3), n_steps=3, step_size=0.05)
+    assert len(compiled) == 2  # another norm is another program
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_restarts_keep_the_worst(rng, norm):
     """With no steps, each run is a random point: the answer is the worst of those points."""
