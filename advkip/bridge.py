@@ -18,8 +18,8 @@ from advkip.devices import jit, operand, over_rows
 from advkip.gram import rows_of_tile
 
 FEW, FREE = 16, 150_000
-"""Batches are filled up to the first if that takes no more than so many pixels of pairs: some two
-milliseconds with the slowest kernel, where each further size takes the compiler a second."""
+"""Batches are filled up to the first if that takes no more than so many pixels of pairs: far less
+work, with any kernel, than compiling for a further size."""
 
 
 class KernelNet(torch.nn.Module):

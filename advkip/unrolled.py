@@ -145,7 +145,7 @@ class Run(algorithm.Run):
         return [pool[k % len(pool)] for k in range(step * n, (step + 1) * n)]
 
     def grown(self, step) -> float:
-        """The share of the radius at an outer step, in quarters: each is compiled for itself."""
+        """The share of the radius at an outer step, in quarters."""
         warmup = self.settings.warmup
         return min(4, 4 * step // warmup + 1) / 4 if warmup else 1.0
 
