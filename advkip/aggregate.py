@@ -47,11 +47,17 @@ def aggregated(
       2 N images and labels; with `rounds` 0 the first set as it is.
 
     Raises:
+      ValueError: more rounds than images.
       FloatingPointError: as `training.train`.
     """
     settings = experiment.relabelling
     recipe = Recipe.of(experiment.section_of(settings.scout), experiment)
     n, classes = len(first.x), first.y.shape[1]
+    if settings.rounds > n:
+        raise ValueError(
+            f"expected at most one of relabelling.rounds for each of the {n} images, got "
+            f"{settings.rounds}; pass fewer"
+        )
     asked = first.y if first.features is None else np.concatenate([first.y, first.features], 1)
     x, y = (
         np.concatenate([a, np.empty_like(a)]) if settings.rounds else a for a in (first.x, asked)

@@ -69,8 +69,9 @@ class Lazy(nn.Module):
                 module.register_buffer(name, weights.detach())
         self.net = net
 
-    def forward(self, x) -> torch.Tensor:
-        return self.scale * (self.net(x) - self.initial(x))
+    def forward(self, x, at_start=None) -> torch.Tensor:
+        """Logits of images x; `at_start` is f_0(x) where it is known (`initial`)."""
+        return self.scale * (self.net(x) - (self.initial(x) if at_start is None else at_start))
 
 
 def fully_connected(shape, depth, width, n_classes, scale) -> Lazy:

@@ -92,6 +92,26 @@ def members(net) -> list[nn.Module]:
     return list(net.members) if isinstance(net, Ensemble) else [net]
 
 
+@torch.no_grad()
+def at_start(net, images, n) -> list[tuple]:
+    """For each of its `members` what f_0 makes of n images, ((n, C),), or () if it is not `Lazy`.
+
+    These logits are subtracted from the network's own (`Lazy.forward`), and never change.
+
+    Args:
+      net: a network.
+      images: `Images` on which it is trained.
+      n: how many there are.
+    """
+    parts = torch.arange(n).to(device()).split(batch_size(net))
+    return [
+        (torch.cat([one.initial(images[part]) for part in parts]),)
+        if isinstance(one, lazy.Lazy)
+        else ()
+        for one in members(net)
+    ]
+
+
 HALF = (torch.float16, torch.bfloat16)
 
 

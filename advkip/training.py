@@ -72,11 +72,10 @@ def train(
     itself) among those whose clean accuracy is within CLEAN_MARGIN of the best so far; clean
     accuracy tells equal ones apart. The history has lines with epoch, seconds, loss (of the
     training batches), clean, fgsm, pgd and, if it chooses, strong (validation accuracies; see
-    `robust_accuracies`) and, of the test images,
-    test_clean, test_fgsm, test_pgd (Figure 3), and mean cross-entropy and mean input-gradient norm,
-    split into images that are classified correctly and wrongly: loss_right, loss_wrong,
-    gradient_right, gradient_wrong (Figure 2; None without such images). Nothing is chosen by the
-    test images.
+    `robust_accuracies`) and, of the test images, test_clean, test_fgsm, test_pgd (Figure 3), and
+    mean cross-entropy and mean input-gradient norm, split into images that are classified correctly
+    and wrongly: loss_right, loss_wrong, gradient_right, gradient_wrong (Figure 2; None without such
+    images). Nothing is chosen by the test images.
 
     Args:
       net: logits of images (n, C, H, W); trained in place.
@@ -170,6 +169,7 @@ class _Run:
     def __init__(self, net, x, y, recipe, watched, seed):
         self.net, self.recipe, self.seed = net, recipe, seed
         self.images, self.y = nets.Images(x), targets(y, len(x), recipe)
+        self.at_start = nets.at_start(net, self.images, len(x))
         self.optimizer = self.make_optimizer(net)
         self.epoch, self.loss, self.history, self.seconds = 0, float("nan"), [], 0.0
         # A distilled set may leave the pixel range; attacks on its images then may, too.
@@ -213,6 +213,7 @@ class _Run:
             batches[-2:] = [torch.cat(batches[-2:])]
         noise = torch.Generator().manual_seed(derived_seed(self.seed, "noise", self.epoch))
         total, rounded = 0.0, recipe.dtype == "bfloat16"
+        known = not (rounded or recipe.adversarial_steps)
         with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             torch.manual_seed(derived_seed(self.seed, "dropout", self.epoch))
             for i, index in enumerate(batches):
@@ -221,7 +222,10 @@ class _Run:
                     x = self.attacked(x, y, self.grown((i + 1) / len(batches)), noise)
                 self.net.train()
                 with torch.autocast(device().type, torch.bfloat16, enabled=rounded):
-                    every = [net(x) for net in nets.members(self.net)]
+                    every = [
+                        net(x, *(logits[index] for logits in at_start if known))
+                        for net, at_start in zip(nets.members(self.net), self.at_start, strict=True)
+                    ]
                 every = [logits.float() if rounded else logits for logits in every]
                 loss = sum(torch_attacks.LOSSES[recipe.loss](one, y).mean() for one in every)
                 self.optimizer.zero_grad()
@@ -273,11 +277,11 @@ class _Run:
             self.best = copy.deepcopy(self.net.state_dict())
 
     def state(self):
-        """(tree, notes): a copy of all that the run is."""
+        """(tree, notes): a copy of all that the run is, but for its best weights, which stay."""
         notes = {k: getattr(self, k) for k in _NOTES}
         parts = {"net": self.net, "optimizer": self.optimizer}
         tree = {key: part.state_dict() for key, part in parts.items()}
-        return copy.deepcopy((tree | {"best": self.best}, notes))
+        return copy.deepcopy(tree) | {"best": self.best}, copy.deepcopy(notes)
 
     def save(self, path, state):
         tree, notes = state

@@ -50,6 +50,13 @@ def test_no_rounds_change_nothing(digits, splits, tmp_path):
     assert not list(tmp_path.glob("scout-*"))
 
 
+def test_more_rounds_than_images_are_refused(digits, splits, tmp_path):
+    e = changed(SMALL, relabelling__rounds=10_000)
+    with pytest.raises(ValueError, match="expected at most one of relabelling.rounds for each of"):
+        load(e, splits, digits, tmp_path)
+    assert not list(tmp_path.glob("scout-*"))
+
+
 def test_attacked_images_have_features_too(digits, splits, tmp_path):
     e = changed(SMALL, relabelling__shift=2)
     found = load(e, splits, digits, tmp_path)

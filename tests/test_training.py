@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, nets, torch_attacks, training
+from advkip import data, lazy, nets, torch_attacks, training
 from advkip.attacks import Threat
 
 RECIPE = training.Recipe(
@@ -340,6 +340,28 @@ def test_an_interrupted_training_loses_no_whole_epoch(rng, tmp_path, monkeypatch
     assert ran == [3, 4, 5]
     for a, b in zip(found.net.parameters(), expected.net.parameters(), strict=True):
         assert (a == b).all()
+
+
+@pytest.mark.parametrize("change", [{}, {"batch_size": None}, {"adversarial_steps": 1}])
+def test_what_a_lazy_network_takes_off_is_made_once(digits, monkeypatch, change):
+    """f_0 of the training images never changes; attacked ones are not the same twice."""
+    options = {"name": "fc2-32-ntk", "optimizer": "sgd", "learning_rate": 1.0, "loss": "mse"}
+    options |= {"target": "labels", "epochs": 10} | change
+    made, forward = [], lazy.Lazy.forward
+
+    def counted(self, x, *at_start):
+        made.append((len(x), self.training, len(at_start)))
+        return forward(self, x, *at_start)
+
+    monkeypatch.setattr(lazy.Lazy, "forward", counted)
+    found = run(digits, **options)
+    trained = [(n, known) for n, training, known in made if training]
+    assert sum(n for n, _ in trained) == 10 * len(digits["x"])
+    assert {known for _, known in trained} == {0 if "adversarial_steps" in change else 1}
+    monkeypatch.setattr(nets, "at_start", lambda net, *_: [()])
+    plain = run(digits, **options)
+    assert plain.history[-1]["clean"] > 0.5
+    np.testing.assert_allclose(weights(found), weights(plain), atol=1e-5)
 
 
 @pytest.mark.parametrize("adversarial_steps", [0, 2])
