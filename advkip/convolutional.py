@@ -76,11 +76,12 @@ class Convolutional(Kernel):
         x, s = _alike(as_floats(x), as_floats(s))
         size = _Size.of(self, x, s)
 
-        def block(s):
-            columns = self._columns(size, s)
-            return size.over_images(lambda a: _value_row(self, size, a, columns), x)
+        def block(stores, s):
+            row = partial(_value_row, self, size, self._columns(size, s))
+            return size.over_images(row, stores, x)
 
-        k = jax.lax.map(block, size.blocks(s))
+        stores = size.stores([*_forward_names(self.depth), "total", "rows"], x)
+        k = jax.lax.scan(block, stores, size.blocks(s))[1]
         return k.swapaxes(0, 1).reshape(len(x), -1)[:, : len(s)]
 
     def value_and_pullback(self, x, s) -> tuple[jax.Array, Callable]:
@@ -133,8 +134,7 @@ class _Size:
 
     @classmethod
     def of(cls, kernel, x, s):
-        """On a CPU tiles that fit its caches, one for each core; elsewhere as many pairs at once as
-        `devices.tile_floats` allows."""
+        """On a CPU tiles that fit its caches; elsewhere as many pairs as `tile_floats` allows."""
         height, width, channels = x.shape[1:]
         on_cpu = _on_cpu()
         large = len(x) * len(s) * height * width > CPU_SMALL
@@ -148,15 +148,22 @@ class _Size:
         at_once = 1 if on_cpu else even_size(len(x), max(1, largest // m))
         return cls(m, chains, even_size(rounds, in_block), at_once)
 
-    def over_images(self, function, *arrays):
-        """function of each row of the arrays, `at_once` rows at a time."""
+    def stores(self, names, x):
+        """What loops over images (n, H, W, C) carry: `stencil.stores`, `at_once` times."""
+        shape = x.shape[1], x.shape[2] * self.m
+        found = stencil.stores(names, shape, self.m, self.chains, x.dtype)
+        several = (self.at_once,) if self.at_once > 1 else ()
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (*several, *a.shape)), found)
+
+    def over_images(self, function, stores, *arrays):
+        """(stores, results) of function(stores, *row) for the rows of arrays, `at_once` a time."""
         if self.at_once == 1:
-            return jax.lax.map(lambda rows: function(*rows), arrays)
-        n = len(arrays[0])
+            return jax.lax.scan(lambda stores, rows: function(stores, *rows), stores, arrays)
+        n, several = len(arrays[0]), jax.vmap(function)
         filled = (jnp.concatenate([a, jnp.repeat(a[:1], -n % self.at_once, 0)]) for a in arrays)
         groups = tuple(a.reshape(-1, self.at_once, *a.shape[1:]) for a in filled)
-        found = jax.lax.map(lambda rows: jax.vmap(function)(*rows), groups)
-        return found.reshape(-1, *found.shape[2:])[:n]
+        stores, found = jax.lax.scan(lambda held, rows: several(held, *rows), stores, groups)
+        return stores, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], found)
 
     def blocks(self, s):
         """(n, ...) to (blocks, images, ...), filled up with copies of s_0."""
@@ -165,10 +172,10 @@ class _Size:
         return jnp.concatenate([s, fill]).reshape(-1, images, *s.shape[1:])
 
 
-def _value_row(kernel, size, a, columns):
-    """k(a, s_j) of one image with a block of images, shape (images,)."""
+def _value_row(kernel, size, columns, stores, a):
+    """(stores, k(a, s_j)) of one image with a block of images, shape (images,)."""
     image = kernel._image(size, a)
-    shape = image[0][0].shape
+    pixels = a.shape[0] * a.shape[1]
 
     def step(stores, tiles):
         stores, values = list(stores), []
@@ -177,16 +184,13 @@ def _value_row(kernel, size, a, columns):
             tile = _part(tiles, g)
             _forward(kernel, store, image, tile)
             rows = store.put("rows", stencil.sum_pairwise(store.arrays["total"][:-1]))
-            mean = stencil.sum_pairwise(rows.reshape(-1, size.m))[0] / (
-                shape[0] * shape[1] // size.m
-            )
+            mean = stencil.sum_pairwise(rows.reshape(-1, size.m))[0] / pixels
             values.append(store.maximum(tile[3]) * mean + kernel.b_std**2)
             stores[g] = store.arrays
         return stores, jnp.stack(values)
 
-    names = [*_forward_names(kernel.depth), "total", "rows"]
-    stores = stencil.stores(names, shape, size.m, size.chains, a.dtype)
-    return jax.lax.scan(step, stores, columns)[1].reshape(-1)
+    stores, k = jax.lax.scan(step, stores, columns)
+    return stores, k.reshape(-1)
 
 
 def _part(tree, index):
@@ -204,49 +208,53 @@ def _pull(kernel, x, s, w):
 def _pull_to_rows(kernel, x, s, w):
     """sum_j w_ij d k(x_i, s_j) / d x_i, shape of x."""
     size = _Size.of(kernel, x, s)
-    blocks = size.blocks(s)
+    blocks, sums = size.blocks(s), _sums(kernel.depth, x.shape[3])
     w = jnp.pad(w, ((0, 0), (0, blocks.shape[0] * blocks.shape[1] - len(s))))
     w = w.reshape(len(x), *blocks.shape[:2]).swapaxes(0, 1)
 
-    def add(to_x, block):
+    def add(state, block):
+        to, stores = state
         s, w = block
-        columns = kernel._columns(size, s)
-        pull = lambda a, w: _pull_row(kernel, size, a, w, columns)  # noqa: E731
-        return to_x + size.over_images(pull, x, w), None
+        row = partial(_pull_row, kernel, size, kernel._columns(size, s))
+        stores, more = size.over_images(row, stores, x, w)
+        return (jax.tree.map(jnp.add, to, more), stores), None
 
-    return jax.lax.scan(add, jnp.zeros_like(x), (blocks, w))[0]
+    names = _forward_names(kernel.depth) + _reverse_names(kernel.depth) + sums
+    to = {name: jnp.zeros(x.shape[:3], x.dtype) for name in sums}
+    to = jax.lax.scan(add, (to, size.stores(names, x)), (blocks, w))[0][0]
+    norms, pull_norms = jax.vjp(jax.vmap(kernel._norms), x)
+    to_norms = [to[f"to_log{layer}"] * inverse(p) for layer, p in enumerate(norms)]
+    to_pixels = jnp.stack([to[f"to_x{c}"] for c in range(x.shape[3])], 3)
+    return to_pixels + pull_norms(to_norms)[0]
 
 
-def _pull_row(kernel, size, a, w, columns):
-    """What `_pull_to_rows` adds for one image a and a block, shape of a."""
-    norms, pull_norms = jax.vjp(kernel._norms, a)
-    image = kernel._image(size, a)
-    channels, shape = a.shape[2], image[0][0].shape
-    w = w.reshape(size.rounds, size.chains, 1, size.m)
-    w = jnp.broadcast_to(w, (size.rounds, size.chains, a.shape[1], size.m))
-    w = w.reshape(size.rounds, size.chains, 1, -1) * (kernel.W_std**2 / (a.shape[0] * a.shape[1]))
+def _pull_row(kernel, size, columns, stores, a, w):
+    """(stores, sums over a block of images of what flows to one image a), each (H, W)."""
+    image, sums = kernel._image(size, a), _sums(kernel.depth, a.shape[2])
+    height, width = a.shape[:2]
+    w = w.reshape(size.rounds, size.chains, 1, size.m) * (kernel.W_std**2 / (height * width))
+    w = jnp.broadcast_to(w, (size.rounds, size.chains, width, size.m))
+    w = w.reshape(size.rounds, size.chains, 1, -1)
 
-    def step(stores, tiles):
-        stores = list(stores)
+    def step(stores, given):
+        stores, (tiles, weights, goes_on) = list(stores), given
         for g in range(size.chains):
             store = stencil.Store(stores[g], size.m)
-            tile, weights = _part(tiles, g)
+            tile, spread = _part((tiles, weights), g)
             _forward(kernel, store, image, tile)
-            _reverse(kernel, store, image, tile, jnp.broadcast_to(weights, shape))
+            _reverse(kernel, store, image, tile, spread, goes_on)
             stores[g] = store.arrays
         return stores, None
 
-    names = _forward_names(kernel.depth) + _reverse_names(kernel.depth, channels)
-    stores = stencil.stores(names, shape, size.m, size.chains, a.dtype)
-    stores, _ = jax.lax.scan(step, stores, (columns, w))
+    # The first round begins the sums. To set them to 0 before would be many small operations, which
+    # XLA shares out; each of the loops around the chains may then hold one of its four workers.
+    stores, _ = jax.lax.scan(step, stores, (columns, w, jnp.arange(size.rounds) > 0))
 
     def total(name):
-        parts = [store[name][:-1].reshape(*a.shape[:2], size.m).sum(2) for store in stores]
+        parts = [store[name][:-1].reshape(height, width, size.m).sum(2) for store in stores]
         return sum(parts[1:], parts[0])
 
-    to_norms = [total(f"to_log{layer}") * inverse(p) for layer, p in enumerate(norms)]
-    to_pixels = jnp.stack([total(f"to_x{c}") for c in range(channels)], 2)
-    return to_pixels + pull_norms(to_norms)[0]
+    return stores, {name: total(name) for name in sums}
 
 
 def _forward_names(depth):
@@ -254,10 +262,14 @@ def _forward_names(depth):
     return names + ["box_sigma", "box_theta0", "box_theta1"]
 
 
-def _reverse_names(depth, channels):
-    per_layer = ("theta", "to_log", "slope", "g_sigma", "g_theta", "box_g_sigma", "box_g_theta")
-    names = [f"{name}{layer}" for name in per_layer for layer in range(depth)]
-    return names + ["to_pixel"] + [f"to_x{c}" for c in range(channels)]
+def _reverse_names(depth):
+    per_layer = ("theta", "slope", "g_sigma", "g_theta", "box_g_sigma", "box_g_theta")
+    return [f"{name}{layer}" for name in per_layer for layer in range(depth)] + ["to_pixel"]
+
+
+def _sums(depth, channels):
+    """Names of what is summed over the pairs of an image."""
+    return [f"to_log{layer}" for layer in range(depth)] + [f"to_x{c}" for c in range(channels)]
 
 
 def _forward(kernel, store, image, tile):
@@ -291,14 +303,19 @@ def _forward(kernel, store, image, tile):
             store.put("total", sine / (2 * math.pi) + (sigma + theta) * k0)
 
 
-def _reverse(kernel, store, image, tile, weights):
-    """Adds to what flows to the pixels of the image and to the logarithm of p of each layer.
+def _reverse(kernel, store, image, tile, weights, goes_on):
+    """Adds to what flows to the pixels of the image and to the logarithm of p of each layer, or
+    begins with it where it does not go on.
 
     d (s / 2 pi + sigma kappa_0 / 2) / d sigma = kappa_0 / 2, by d log p: s / (4 pi); and
     d (kappa_0 / 2) / d sigma = 1 / (2 pi s), by d log p: -sigma / (4 pi s).
     """
     scale, p, (channels, q, _, starts) = kernel.W_std**2 / 9, image[1], tile
-    g_sigma = g_theta = weights
+    g_sigma = g_theta = jnp.broadcast_to(weights, p[0].shape)
+
+    def so_far(name):
+        return jnp.where(goes_on, store.arrays[name][:-1], 0)
+
     for i in reversed(range(kernel.depth)):
         names = ("sigma", "theta" if i else "sigma", "sine", "k0")
         sigma, theta, sine, k0 = (store.arrays[f"{name}{i}"][:-1] for name in names)
@@ -306,7 +323,7 @@ def _reverse(kernel, store, image, tile, weights):
         slope = g_theta * theta * sine / (2 * math.pi * jnp.maximum(sine * sine, least))
         slope = store.put(f"slope{i}", slope)
         to_log = g_sigma * sine / (4 * math.pi) - slope * sigma / 2
-        store.put(f"to_log{i}", store.arrays[f"to_log{i}"][:-1] + to_log)
+        store.put(f"to_log{i}", so_far(f"to_log{i}") + to_log)
         store.put(f"box_g_sigma{i}", (g_sigma + g_theta) * k0 + slope)
         if i:
             store.put(f"box_g_theta{i}", g_theta * k0)
@@ -315,7 +332,7 @@ def _reverse(kernel, store, image, tile, weights):
     scale = store.maximum(starts) / (9 * len(channels))
     to_pixel = store.put("to_pixel", scale * store.box("box_g_sigma0"))
     for c, s in enumerate(channels):
-        store.put(f"to_x{c}", store.arrays[f"to_x{c}"][:-1] + to_pixel * s)
+        store.put(f"to_x{c}", so_far(f"to_x{c}") + to_pixel * s)
 
 
 def _on_cpu():
