@@ -55,7 +55,7 @@ def aggregated(
     n, classes = len(first.x), first.y.shape[1]
     if settings.rounds > n:
         raise ValueError(
-            f"expected at most one of relabelling.rounds for each of the {n} images, got "
+            f"expected relabelling.rounds of at most {n}, the number of images, got "
             f"{settings.rounds}; pass fewer"
         )
     asked = first.y if first.features is None else np.concatenate([first.y, first.features], 1)

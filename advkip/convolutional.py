@@ -246,8 +246,8 @@ def _pull_row(kernel, size, columns, stores, a, w):
             stores[g] = store.arrays
         return stores, None
 
-    # The first round begins the sums. To set them to 0 before would be many small operations, which
-    # XLA shares out; each of the loops around the chains may then hold one of its four workers.
+    # The first round begins the sums. XLA's workers would share the many small operations that set
+    # them to 0 before, and one that then runs the loop below is missing to the chains in it.
     stores, _ = jax.lax.scan(step, stores, (columns, w, jnp.arange(size.rounds) > 0))
 
     def total(name):
@@ -304,8 +304,8 @@ def _forward(kernel, store, image, tile):
 
 
 def _reverse(kernel, store, image, tile, weights, goes_on):
-    """Adds to what flows to the pixels of the image and to the logarithm of p of each layer, or
-    begins with it where it does not go on.
+    """Adds to what flows to the pixels of the image and to the logarithm of p of each layer; where
+    `goes_on` is False these sums begin.
 
     d (s / 2 pi + sigma kappa_0 / 2) / d sigma = kappa_0 / 2, by d log p: s / (4 pi); and
     d (kappa_0 / 2) / d sigma = 1 / (2 pi s), by d log p: -sigma / (4 pi s).

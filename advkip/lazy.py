@@ -70,7 +70,7 @@ class Lazy(nn.Module):
         self.net = net
 
     def forward(self, x, at_start=None) -> torch.Tensor:
-        """Logits of images x; `at_start` is f_0(x) where it is known (`initial`)."""
+        """Logits of images x (n, C, H, W); `at_start`: f_0(x), without the scale; None makes it."""
         return self.scale * (self.net(x) - (self.initial(x) if at_start is None else at_start))
 
 

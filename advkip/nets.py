@@ -93,23 +93,27 @@ def members(net) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def at_start(net, images, n) -> list[tuple]:
-    """For each of its `members` what f_0 makes of n images, ((n, C),), or () if it is not `Lazy`.
+def at_start(net, images) -> list[tuple]:
+    """For each of a network's `members` what f_0 makes of the images, ((n, C),), if it is `Lazy`.
 
-    These logits are subtracted from the network's own (`Lazy.forward`), and never change.
+    These logits never change, so training makes them once and hands them to `Lazy.forward`. f - f_0
+    is then 0 at the start but for rounding. A `Lazy` within another module, as with pieces, makes
+    its own each time, and has () here like any other network.
 
     Args:
       net: a network.
-      images: `Images` on which it is trained.
-      n: how many there are.
+      images: `Images` on which it is trained, as they are; None gives () for each member.
     """
-    parts = torch.arange(n).to(device()).split(batch_size(net))
-    return [
-        (torch.cat([one.initial(images[part]) for part in parts]),)
-        if isinstance(one, lazy.Lazy)
-        else ()
-        for one in members(net)
-    ]
+    if images is None:
+        return [() for _ in members(net)]
+    parts = torch.arange(len(images)).to(device()).split(batch_size(net))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        return [
+            (torch.cat([one.initial(images[part]) for part in parts]),)
+            if isinstance(one, lazy.Lazy)
+            else ()
+            for one in members(net)
+        ]
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -264,6 +268,9 @@ class Images:
         else:
             self.x = torch.as_tensor(np.ascontiguousarray(np.moveaxis(levels, 3, 1))).to(device())
             self.levels = torch.as_tensor(data.to_float(np.arange(256, dtype="uint8"))).to(device())
+
+    def __len__(self):
+        return len(self.x)
 
     def __getitem__(self, index):
         x = self.x[index]

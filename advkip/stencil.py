@@ -44,7 +44,9 @@ class Store:
 
 def stores(names, shape, m, chains, dtype):
     """Arrays for a `Store` of each chain, 0 where it matters: one more row than a tile has, or a
-    border of one pixel for `box`. Starts begin with different numbers, lest XLA makes them one.
+    border of one pixel for `box`. Only borders are read before they are written, so that one tile
+    takes the arrays as another left them. Starts begin with different numbers, lest XLA makes them
+    one.
     """
     height, width = shape
     plain, bordered = (height + 1, width), (height + 2, width + 2 * m)

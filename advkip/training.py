@@ -169,7 +169,9 @@ class _Run:
     def __init__(self, net, x, y, recipe, watched, seed):
         self.net, self.recipe, self.seed = net, recipe, seed
         self.images, self.y = nets.Images(x), targets(y, len(x), recipe)
-        self.at_start = nets.at_start(net, self.images, len(x))
+        # Attacked images differ each time, and roundings to bfloat16 cancel only if f has the same.
+        known = not recipe.adversarial_steps and recipe.dtype == "float32"
+        self.at_start = nets.at_start(net, self.images if known else None)
         self.optimizer = self.make_optimizer(net)
         self.epoch, self.loss, self.history, self.seconds = 0, float("nan"), [], 0.0
         # A distilled set may leave the pixel range; attacks on its images then may, too.
@@ -213,7 +215,6 @@ class _Run:
             batches[-2:] = [torch.cat(batches[-2:])]
         noise = torch.Generator().manual_seed(derived_seed(self.seed, "noise", self.epoch))
         total, rounded = 0.0, recipe.dtype == "bfloat16"
-        known = not (rounded or recipe.adversarial_steps)
         with torch.random.fork_rng(), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             torch.manual_seed(derived_seed(self.seed, "dropout", self.epoch))
             for i, index in enumerate(batches):
@@ -223,7 +224,7 @@ class _Run:
                 self.net.train()
                 with torch.autocast(device().type, torch.bfloat16, enabled=rounded):
                     every = [
-                        net(x, *(logits[index] for logits in at_start if known))
+                        net(x, *(logits[index] for logits in at_start))
                         for net, at_start in zip(nets.members(self.net), self.at_start, strict=True)
                     ]
                 every = [logits.float() if rounded else logits for logits in every]
@@ -277,7 +278,7 @@ class _Run:
             self.best = copy.deepcopy(self.net.state_dict())
 
     def state(self):
-        """(tree, notes): a copy of all that the run is, but for its best weights, which stay."""
+        """(tree, notes): a copy of all that the run is; best weights are replaced, not changed."""
         notes = {k: getattr(self, k) for k in _NOTES}
         parts = {"net": self.net, "optimizer": self.optimizer}
         tree = {key: part.state_dict() for key, part in parts.items()}
