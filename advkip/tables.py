@@ -48,6 +48,10 @@ class Line(NamedTuple):
     cells: dict  # {attack: accuracy in %, (mean, std) or {seed: ...}}; "verdict": {seed: verdict}
 
 
+OF_NETWORKS = ("remedies.nets", "remedies.copies")
+"""What is measured besides kernel machines: theirs are the same lines with and without."""
+
+
 def lines(found: list[dict]) -> list[Line]:
     """Our lines: kernels, networks by name, adversarial training.
 
@@ -60,16 +64,18 @@ def lines(found: list[dict]) -> list[Line]:
     for record in found:
         e, seen = record["experiment"], defaultdict(list)
         # The settings keep apart what only looks alike; they are not shown.
-        settings = json.dumps(that_matter(record), sort_keys=True)
+        matter = that_matter(record)
+        of_kernels = {path: value for path, value in matter.items() if path not in OF_NETWORKS}
 
-        def line_of(row, e=e, settings=settings, seen=seen):
+        def line_of(row, e=e, matter=matter, of_kernels=of_kernels, seen=seen):
             n = row.get("n_train", e["support"]["n_support"])
             trained_on = _trained_on(row, e)
             # Of sets of one name in one record, the first, the second ...
             known = seen[trained_on]
             if row.get("set") not in known:
                 known.append(row.get("set"))
-            apart = f"{settings} {known.index(row.get('set'))}"
+            own = of_kernels if row["model"].startswith("kernel:") else matter
+            apart = f"{json.dumps(own, sort_keys=True)} {known.index(row.get('set'))}"
             data_set = e["dataset"]["name"]
             return cells[data_set, "ours", row["model"], n, trained_on, row["n_test"], apart]
 

@@ -376,6 +376,23 @@ def test_lines_name_the_variant(tmp_path):
     assert names == ["adv-kip as given", "adv-kip hinge"]
 
 
+def test_kernels_of_several_seeds_are_one_line_whatever_networks_are_measured_besides(tmp_path):
+    found = []
+    for seed, copies in enumerate(([1, 4], [], [1, 2])):
+        e = experiment(seed=seed, remedies__copies=copies)
+        recorder = records.Recorder(e, tmp_path / str(seed), "05_remedies")
+        for model, training in (("kernel:fc3", "kernel"), ("fc1-256", "plain"))[: 1 + len(copies)]:
+            recorder.add(
+                [outcome("clean", 0.5 + seed / 10)], model=model, trained_on="adv-kip",
+                training=training, seed=seed,
+            )  # fmt: skip
+        found.append(recorder.write())
+    kernel, *networks = tables.lines(found)
+    assert kernel.cells["clean"] == {0: 50.0, 1: 60.0, 2: 70.0}
+    # A network's training is as long as the most copies ask for.
+    assert [one.cells["clean"] for one in networks] == [{0: 50.0}, {2: 70.0}]
+
+
 SAYS = "fc1 + attacked"
 """What a set says of its teacher; one of before it did is known by the record's settings."""
 
