@@ -51,6 +51,10 @@ def table(found: list[dict], *, trained_on="adv-kip") -> str:
     ]
     if len(paths) > COLUMNS:
         names, rows = ["changed"], _in_one_column(paths, names, rows, found)
+    # Of the variants of notebook 05 a machine's set has the name behind it.
+    if len({line.trained_on for _, line in rows if line.model.startswith("kernel:")}) > 1:
+        names = [*names, "variant"]
+        rows = [([*v, line.trained_on.removeprefix(trained_on).strip()], line) for v, line in rows]
     head = [*names, "model", "images", "tested on", "seeds", *attacks]
     body = [
         [*map(_shown, values), line.model, f"{line.images:,}", f"{line.n_test:,}", _seeds(line)]
@@ -78,9 +82,9 @@ def _in_one_column(paths, names, rows, found):
 
 
 def _settings(record):
-    """All settings that matter, by path; what a record of before lacks has its default."""
+    """All settings that may tell points apart; what a record of before lacks has its default."""
     every = dict(by_path(Experiment().to_dict())) | tables.that_matter(record)
-    free = {*tables.FREE, "seed"}
+    free = {*tables.FREE, *tables.OF_NETWORKS, "seed"}
     return {path: value for path, value in every.items() if path not in free}
 
 

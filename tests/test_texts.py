@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from advkip import ablation, records, tables, texts
-from tests.test_records import write
+from tests.sections import experiment
+from tests.test_records import outcome, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +70,27 @@ def test_a_table_of_what_differs(tmp_path):
     ]
     with pytest.raises(ValueError, match="expected models of 'kip' sets in the records"):
         ablation.table(of_grid, trained_on="kip")
+
+
+def test_variants_of_one_record_have_a_row_each_in_the_mean_of_seeds(tmp_path):
+    found = []
+    for seed, copies in enumerate(([1, 2], [])):
+        e = experiment(seed=seed, remedies__copies=copies)
+        recorder = records.Recorder(e, tmp_path / str(seed), "05_remedies")
+        for title, left in (("as given", 0.1), ("hinge", 0.3 + seed / 10)):
+            outcomes = [outcome("clean", 0.9), outcome("autoattack", left)]
+            recorder.add(
+                outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel",
+                variant=title, seed=seed,
+            )  # fmt: skip
+        found.append(recorder.write())
+    lines = ablation.table(found).splitlines()
+    n = f"{e.support.n_support} | {found[0]['rows'][0]['n_test']:,} | 2 | 90.0 ± 0.0"
+    assert lines[0] == ("| variant | model | images | tested on | seeds | clean | autoattack |")
+    assert lines[2:] == [
+        f"| as given | kernel:fc3 | {n} | 10.0 ± 0.0 |",
+        f"| hinge | kernel:fc3 | {n} | 35.0 ± 7.1 |",
+    ]
 
 
 def test_switches_one_at_a_time_are_named(tmp_path):
