@@ -66,16 +66,17 @@ def lines(found: list[dict]) -> list[Line]:
         # The settings keep apart what only looks alike; they are not shown.
         matter = that_matter(record)
         of_kernels = {path: value for path, value in matter.items() if path not in OF_NETWORKS}
+        settings = [json.dumps(one, sort_keys=True) for one in (matter, of_kernels)]
 
-        def line_of(row, e=e, matter=matter, of_kernels=of_kernels, seen=seen):
+        def line_of(row, e=e, settings=settings, seen=seen):
             n = row.get("n_train", e["support"]["n_support"])
             trained_on = _trained_on(row, e)
             # Of sets of one name in one record, the first, the second ...
             known = seen[trained_on]
             if row.get("set") not in known:
                 known.append(row.get("set"))
-            own = of_kernels if row["model"].startswith("kernel:") else matter
-            apart = f"{json.dumps(own, sort_keys=True)} {known.index(row.get('set'))}"
+            own = settings[row["model"].startswith("kernel:")]
+            apart = f"{own} {known.index(row.get('set'))}"
             data_set = e["dataset"]["name"]
             return cells[data_set, "ours", row["model"], n, trained_on, row["n_test"], apart]
 

@@ -86,7 +86,7 @@ def test_variants_of_one_record_have_a_row_each_in_the_mean_of_seeds(tmp_path):
         found.append(recorder.write())
     lines = ablation.table(found).splitlines()
     n = f"{e.support.n_support} | {found[0]['rows'][0]['n_test']:,} | 2 | 90.0 ± 0.0"
-    assert lines[0] == ("| variant | model | images | tested on | seeds | clean | autoattack |")
+    assert lines[0] == "| variant | model | images | tested on | seeds | clean | autoattack |"
     assert lines[2:] == [
         f"| as given | kernel:fc3 | {n} | 10.0 ± 0.0 |",
         f"| hinge | kernel:fc3 | {n} | 35.0 ± 7.1 |",
