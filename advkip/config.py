@@ -90,6 +90,11 @@ class Experiment(Section):
             )
         if "01_kernels" in self.notebooks and not self.methods:
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
+        if self.unrolled and self.unrolled.start_from == "adv-kip" and not self.adv_kip:
+            raise ValueError(
+                "expected settings of adv_kip behind unrolled.start_from 'adv-kip', got null; pass "
+                "them, or start_from 'original'"
+            )
         asked = dict.fromkeys(("02_transfer", "03_cnns"), self.networks.sets)
         for notebook, sets in (asked | {"04_shortcomings": self.diagnosis.sets}).items():
             teacher = self.relabelling.teacher or any(

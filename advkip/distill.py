@@ -73,9 +73,17 @@ def distill(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
-    initial = starting_support(experiment, splits, method)
-    make = unrolled.Run if method == "unrolled" else algorithm.Run
-    run = make(experiment, splits, kernel, method)
+    run = (unrolled.Run if method == "unrolled" else algorithm.Run)(
+        experiment, splits, kernel, method
+    )
+    if method == "unrolled" and run.settings.start_from == "adv-kip":
+        before = distill(
+            experiment, splits, kernel=kernel, checkpoint_dir=checkpoint_dir, progress=progress
+        )
+        initial = before.x_support, before.y_support
+        run.about["started from"] = files.digest_of_arrays(*initial)
+    else:
+        initial = starting_support(experiment, splits, method)
     path = checkpoint_dir and Path(checkpoint_dir) / f"distillation-{method}.npz"
     state = run.start(initial)
     n_steps = run.settings.n_steps

@@ -118,6 +118,8 @@ class Unrolled(Distillation):
     net_learning_rate: Positive = 0.1
     n_nets: Count = 2
     """in each outer step, of other first weights"""
+    start_from: Literal["original", "adv-kip"] = "original"
+    """images as drawn, or the set that the kernel's Algorithm 1 makes of them (kept beside it)"""
     warmup: Annotated[int, Field(ge=0)] = 0
     """outer steps in which the radius grows, from a quarter of it"""
     n_steps: Count = 100

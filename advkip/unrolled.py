@@ -14,6 +14,9 @@ come from a pool of widths and depths, and take turns. Attacks see the trained n
 the machine. What a training step computes on its way is computed twice instead of kept
 (rematerialised), so that memory holds the weights of K steps and the activations of one.
 
+The support begins with drawn images, or (`unrolled.start_from`) with the set that Algorithm 1 has
+made for the kernel: then the steps here adapt that set to networks of finite width.
+
 (Wang et al. 2018 distil data sets by unrolled training, without attacks.)
 """
 

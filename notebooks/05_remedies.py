@@ -364,7 +364,8 @@ if left:
 # One can also leave out the kernel. The set `unrolled` (`advkip.unrolled`, and for a run of it
 # `params/digits-unrolled.yaml`) comes from Algorithm 1 with a finite network in its place: in each
 # outer step networks with new first weights are trained on the support and attacked, and the
-# gradient goes through their whole training to the images.
+# gradient goes through their whole training to the images. It may start from the kernel's set
+# (`unrolled.start_from`).
 #
 # ## Other people's figures
 #

@@ -134,6 +134,25 @@ def test_networks_of_a_pool_take_turns_and_the_slope_is_the_mean_of_theirs(split
         np.testing.assert_allclose(part, sum(parts) / 2, atol=1e-5 * float(jnp.abs(part).max()))
 
 
+def test_a_run_starts_from_the_set_of_the_kernel(splits, tmp_path):
+    def run(e, folder=tmp_path, method="unrolled"):
+        return distill.distill(e, splits, method=method, checkpoint_dir=folder, progress=False)
+
+    e = changed(SMALL, unrolled__start_from="adv-kip", adv_kip__n_steps=3)
+    found, kernels_own = run(e), run(e, method="adv-kip")
+    assert kernels_own.step > 0
+    for mine, its in zip(found[2:4], kernels_own[:2], strict=True):
+        np.testing.assert_array_equal(mine, its)
+    alone = run(SMALL, tmp_path / "alone")
+    assert alone.history[0]["loss"] != found.history[0]["loss"]
+    other = changed(e, adv_kip__learning_rate=0.02)
+    (tmp_path / "distillation-adv-kip.npz").unlink()
+    with pytest.raises(ValueError, match="started from"):
+        run(other)
+    with pytest.raises(ValueError, match="expected settings of adv_kip behind"):
+        changed(e, adv_kip=None)
+
+
 @pytest.mark.parametrize(
     ("net", "named"),
     [("fc1-16-pieces2", "fc1-16-pieces2"), (["fc1-8", "fc1-16-pieces2"], "fc1-8, fc1-16-pieces2")],
