@@ -48,11 +48,11 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks tests
 	$(BIN)/python -m advkip.docs
 
 coverage: install  ## which lines of the package no test runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 3 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
 
 bench: install  ## the engine against neural_tangents references
 	$(BIN)/python -m tests.bench

@@ -48,6 +48,8 @@ class Slope(NamedTuple):
 class Run:
     """One run of Algorithm 1: `start`, then `advance` until `finished` says why it is over."""
 
+    advice = "smaller learning_rate or a larger diag_reg"
+
     def __init__(self, experiment, splits, kernel, method):
         settings = experiment.distillation(method)
         if settings is None:
@@ -121,10 +123,11 @@ class Run:
         loss = slope.loss
         first = state.history[0]["loss"] if state.history else loss
         if not loss <= DIVERGED * max(1.0, first):
+            near = f" near {first:.3g}" if state.history else ""
             raise FloatingPointError(
-                f"expected a finite loss near {first:.3g}, got {loss:.3g} at step {state.step}; "
-                "pass a smaller learning_rate or a larger diag_reg (the best support so far is "
-                "kept in the error's `distilled` and in the checkpoint)"
+                f"expected a finite loss{near}, got {loss:.3g} at step {state.step}; pass a "
+                f"{self.advice} (the best support so far is kept in the error's `distilled` and in "
+                "the checkpoint)"
             )
 
         last = state.step == e.n_steps

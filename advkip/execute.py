@@ -27,8 +27,8 @@ def source(notebook) -> Path:
 
 MADE = (
     "results.json", "distillation-*.npz", "kept-*.npz", "network-*.npz", "attacks-*.npz",
-    "inverted-*.npz", "adv-kip.npz", "kip.npz", "relabelled.npz", "robust-features.npz",
-    "scout-*.npz", "attacked-*.npz",
+    "inverted-*.npz", "adv-kip.npz", "kip.npz", "unrolled.npz", "relabelled.npz",
+    "robust-features.npz", "scout-*.npz", "attacked-*.npz",
 )  # fmt: skip
 """What an experiment's later notebooks read of what its earlier ones left in the folder."""
 

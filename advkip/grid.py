@@ -26,7 +26,7 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
 
     Raises:
       ValueError: as `Experiment.from_file`, a grid that is not such a mapping, points of one name,
-        or a setting that two directions change.
+        a setting that two directions change, or one of the grid's in `overrides`.
     """
     params = read_params(path, overrides)
     grid = params.pop(KEY, None)
@@ -38,6 +38,13 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
             f"settings, got {grid!r}; pass for example {{seed: [0, 1, 2], switch: {{paper: {{}}, "
             "margin: {adv_kip.inner_loss: margin}}}"
         )  # fmt: skip
+    if taken := sorted(
+        {key for key, _, _ in (one.partition("=") for one in overrides)} & set(grid)
+    ):
+        raise ValueError(
+            f"{path}: expected --set of other settings than those of the grid, got {taken}; pass "
+            "their values to the grid, as --set grid.seed=[7], or in the file"
+        )
     found = []
     for point in itertools.product(*itertools.starmap(_axis, grid.items())):
         name = "-".join([params["name"], *(label for label, _ in point)])

@@ -108,6 +108,11 @@ def several(net: str | list[str]) -> list[str]:
     return [net] if isinstance(net, str) else net
 
 
+def made_by(net: str | list[str], start_from: str = "original") -> str:
+    """What tables say of a set that was optimised through the training of networks."""
+    return ", ".join(several(net)) + f" from {start_from}" * (start_from != "original")
+
+
 class Unrolled(Distillation):
     """Algorithm 1 with networks that are trained inside each outer step (see `unrolled`)."""
 
@@ -209,6 +214,15 @@ class Remedies(Networks):
     """which networks those are, of the recipe of fully_connected or cnns"""
     student_rate: Positive = 1e-3
     """their learning rate"""
+
+    @model_validator(mode="after")
+    def _as_many_steps(self):
+        if rest := [n for n in self.copies if max(self.copies) % n]:
+            raise ValueError(
+                f"expected copies that divide the largest, {max(self.copies)}, for as many steps "
+                f"of training, got {rest}; pass such as (1, 2, 4)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _known(self):

@@ -1,21 +1,31 @@
 """What an experiment's data must be before anything runs, and which data they are."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 
-from advkip import data, files, inputs
+from advkip import data, files, growth, inputs
 from advkip.attack_names import Attack
 from advkip.config import Experiment, sections
 from advkip.method_settings import ADVERSARIAL
 from advkip.settings import PUBLISHED, SETS, is_path
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, to_come: Iterable[Path] = ()) -> None:
     """Raises ValueError or OSError unless an experiment's data are there and fit its settings.
 
-    What would be downloaded is not looked at.
+    What would be downloaded is not looked at, nor sets in folders `to_come`, which other
+    experiments will have filled by then.
     """
-    e = experiment
-    for name in _paths(e):
+    e, folders = experiment, set(to_come)
+    paths = [name for name in _paths(e) if Path(name).parent not in folders]
+    grown_from = e.support.grown_from
+    if grown_from and Path(grown_from).parent not in folders:
+        growth.fingerprint(grown_from)
+        for method in e.methods if "01_kernels" in e.notebooks else ():
+            growth.read_same("support.grown_from", grown_from, e, method)
+    for name in paths:
         if not files.find(name).exists():
             raise ValueError(
                 f"expected sets of {list(SETS)} or a path, got {name!r}, which is not there; "
@@ -44,7 +54,7 @@ def check(experiment: Experiment) -> None:
             f"expected evaluation.attacks for {found.n_classes} classes, got {targeted}, whose "
             "targeted losses need 4; pass 'apgd-ce' and 'square'"
         )
-    for name in _paths(e):
+    for name in paths:
         if files.find(name).is_file():
             arrays, settings = data.read(files.find(name))
             x = data.dataset_of(name, arrays, settings).x_train

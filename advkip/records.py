@@ -160,11 +160,14 @@ def check_folder(folder, experiment, advice) -> None:
     path = Path(folder) / "results.json"
     if not path.exists():
         return
-    old, new = (one.of(*sections("01_kernels")) for one in (_settings(path), experiment))
+    parts = [*sections("01_kernels")]
+    if experiment.unrolled and (Path(folder) / "distillation-unrolled.npz").exists():
+        parts.append("unrolled")
+    old, new = (one.of(*parts) for one in (_settings(path), experiment))
     changed = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     more = {
         f"{method}.n_steps"
-        for method in ("adv_kip", "kip")
+        for method in ("adv_kip", "kip", "unrolled")
         if new.get(f"{method}.schedule") == "constant"
         and old.get(f"{method}.n_steps", 0) < new[f"{method}.n_steps"]
     }

@@ -75,6 +75,7 @@ def build(
         raise ValueError(f"expected a results.json below {folder}, got none; run an experiment")
     found = {name: records.read(folder / name / "results.json") for name in names}
     lines = tables.lines(list(found.values()))
+    drawn = tables.compared(lines)
     head, *body = tables.summary_rows(list(found.values()))
     fills = _files(Path(params))
     environment = jinja2.Environment(
@@ -83,8 +84,8 @@ def build(
     )  # fmt: skip
     return environment.get_template("report.html").render(
         base=base, summary={"head": head, "body": body},
-        charts=[chart for name in tables.DATA_SETS if (chart := clean_against_robust(lines, name))],
-        scaling=scaling(lines),
+        charts=[chart for name in tables.DATA_SETS if (chart := clean_against_robust(drawn, name))],
+        scaling=scaling(drawn),
         tables=[_paper_table(number, lines, fills) for number in TITLES],
         figures=[_figure(folder, found, *figure) for figure in FIGURES],
         verdicts=[evidence(*one) for one in found.items() if "diagnoses" in one[1]],
@@ -197,7 +198,7 @@ def _paper_table(number, lines, fills):
         for line in (theirs, *ours):
             seeds = max((len(v) for v in line.cells.values() if isinstance(v, dict)), default=0)
             body.append({
-                "ours": line.source == "ours", "source": line.source, "model": line.model,
+                "ours": line.source.startswith("ours"), "source": line.source, "model": line.model,
                 "images": line.images, "trained_on": line.trained_on, "n_test": line.n_test,
                 "seeds": seeds, "cells": [tables.cell(line.cells.get(a)) for a in attacks],
             })  # fmt: skip

@@ -31,7 +31,7 @@ def main(arguments=None) -> int:
         )
         return 2
     try:
-        experiments = check_files(options.files, options.set)
+        experiments = check_files(options.files, options.set, options.reports)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -122,8 +122,8 @@ def _parser():
     return parser
 
 
-def check_files(paths, overrides=()) -> list[Experiment]:
-    """Experiments of params files.
+def check_files(paths, overrides=(), reports="reports") -> list[Experiment]:
+    """Experiments of params files, which may take sets that those before them leave in `reports`.
 
     Raises:
       ValueError, OSError: the first file that is wrong, its key, and what to pass; two files
@@ -145,7 +145,7 @@ def check_files(paths, overrides=()) -> list[Experiment]:
                         "folder"
                     )
             try:
-                preflight.check(experiment)
+                preflight.check(experiment, [Path(reports) / name for name in names])
             except (ValueError, OSError) as error:
                 raise type(error)(f"{file}: {error}") from None
             names[experiment.name] = file

@@ -36,7 +36,7 @@ from advkip import (
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.method_settings import ADVERSARIAL, several
+from advkip.method_settings import ADVERSARIAL, made_by
 from advkip.relabel import NOISY, RELABELLED
 from advkip.settings import Kernel, Method, is_path
 
@@ -183,7 +183,8 @@ def _distilled(method: Method, experiment, splits, dataset, folder):
         distill.save(path, result, experiment, dataset)
     x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
     if method == UNROLLED:
-        return TrainingSet(x, y, teacher=", ".join(experiment.unrolled.pool))
+        its = experiment.unrolled
+        return TrainingSet(x, y, teacher=made_by(its.net, its.start_from))
     return TrainingSet(x, y, experiment.kernel)
 
 
@@ -235,11 +236,13 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     if method == RELABELLED and kernel:
         teacher = json.loads(settings).get("teacher", kernel.name)
         return RELABELLED, TrainingSet(*parts, teacher=teacher, features=relabel.read(path))
-    if method == UNROLLED:
-        pool = several(json.loads(settings)[UNROLLED]["net"])
-        return UNROLLED, TrainingSet(*parts, teacher=", ".join(pool))
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
-    return path.stem if of_step or not method else method, TrainingSet(*parts, kernel)
+    name = path.stem if of_step or not method else method
+    if method == UNROLLED:
+        its = json.loads(settings)[UNROLLED]
+        teacher = made_by(its["net"], its.get("start_from", "original"))
+        return name, TrainingSet(*parts, teacher=teacher)
+    return name, TrainingSet(*parts, kernel)
 
 
 def sample(path, to, *, per_class: int) -> None:

@@ -194,10 +194,11 @@ class Training(Section):
     """of the passes of training (autocast); weights, attacks and accuracies are in float32"""
 
     def longer(self, times: int):
-        """The same section with so many times as many epochs, up to each milestone, too."""
-        changes = {key: times * getattr(self, key) for key in ("epochs", "eval_every")}
-        changes["milestones"] = tuple(times * epoch for epoch in self.milestones)
-        return self.model_copy(update=changes)
+        """The same section with all that counts epochs so many times as large."""
+        counts = "epochs", "eval_every", *(("patience",) if self.patience else ())
+        changes = {key: times * getattr(self, key) for key in counts}
+        milestones = tuple(times * epoch for epoch in self.milestones)
+        return self.model_copy(update=changes | {"milestones": milestones})
 
 
 class Networks(Training):

@@ -23,11 +23,16 @@ from advkip.execute import NotebookError, execute, prepare
 STATUS = ".status.json"
 """File in an experiment's folder that says where it is."""
 
+UNROLLED = "distillation-unrolled.npz"
 _ROBUST = (*MACHINE, "networks", "adversarial_training")
 SHARED = (
     (
-        "distillation-*.npz", SECTIONS["01_kernels"],
+        "distillation-*kip.npz", SECTIONS["01_kernels"],
         ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings", "05_remedies"),
+    ),
+    (
+        UNROLLED, (*MACHINE, "adv_kip", "unrolled"),
+        ("02_transfer", "03_cnns", "04_shortcomings"),
     ),
     ("network-*-original-adversarial-*.npz", _ROBUST, ("03_cnns", "04_shortcomings")),
 )  # fmt: skip
@@ -64,7 +69,7 @@ def plan(experiments: list[Experiment]) -> list[Task]:
         for notebook in experiment.notebooks:
             takes = []
             for pattern, parts, notebooks in SHARED:
-                if notebook not in notebooks:
+                if notebook not in notebooks or pattern == UNROLLED and not experiment.unrolled:
                     continue
                 key = pattern, json.dumps(experiment.of(*parts), sort_keys=True)
                 maker = makers.setdefault(key, len(tasks))

@@ -40,7 +40,7 @@ class Line(NamedTuple):
     """A line of a table: who measured which model of which data."""
 
     data_set: str
-    source: str  # "ours", or "paper, Table 1"
+    source: str  # "ours", with the radius where it is not the data set's; or "paper, Table 1"
     model: str
     images: int  # it was made from; 0 where that is not known
     trained_on: str
@@ -67,8 +67,9 @@ def lines(found: list[dict]) -> list[Line]:
         matter = that_matter(record)
         of_kernels = {path: value for path, value in matter.items() if path not in OF_NETWORKS}
         settings = [json.dumps(one, sort_keys=True) for one in (matter, of_kernels)]
+        data_set, source = e["dataset"]["name"], _source(e)
 
-        def line_of(row, e=e, settings=settings, seen=seen):
+        def line_of(row, e=e, settings=settings, seen=seen, data_set=data_set, source=source):
             n = row.get("n_train", e["support"]["n_support"])
             trained_on = _trained_on(row, e)
             # Of sets of one name in one record, the first, the second ...
@@ -77,8 +78,7 @@ def lines(found: list[dict]) -> list[Line]:
                 known.append(row.get("set"))
             own = settings[row["model"].startswith("kernel:")]
             apart = f"{own} {known.index(row.get('set'))}"
-            data_set = e["dataset"]["name"]
-            return cells[data_set, "ours", row["model"], n, trained_on, row["n_test"], apart]
+            return cells[data_set, source, row["model"], n, trained_on, row["n_test"], apart]
 
         for row in record["rows"]:
             line_of(row)[row["attack"]][row["seed"]] = 100 * row["accuracy"]
@@ -88,6 +88,14 @@ def lines(found: list[dict]) -> list[Line]:
                 line["verdict"][diagnosis["seed"]] = records.verdict_of(diagnosis)
     made = [Line._make((*key[:6], dict(one))) for key, one in cells.items() if one]
     return sorted(made, key=lambda line: _group(line.model, line.trained_on))
+
+
+def _source(settings):
+    """'ours', and under which threat if it is not that of the data set in the paper."""
+    norm, epsilon = (settings["threat"][key] for key in ("norm", "epsilon"))
+    if (norm, epsilon) == ("linf", RADII.get(settings["dataset"]["name"])):
+        return "ours"
+    return f"ours, {epsilon:.3g}" + f" in {norm}" * (norm != "linf")
 
 
 def published(tables: Iterable[str] | None = None) -> list[Line]:
@@ -195,7 +203,8 @@ def is_adversarial(trained_on: str) -> bool:
 def _trained_on(row, settings):
     name = " ".join(filter(None, map(row.get, ("trained_on", "set_kernel", "variant"))))
     rounds = settings.get("relabelling", {}).get("rounds")
-    if row["trained_on"] == "relabelled" and rounds and not name.endswith(ATTACKED):
+    attacked = rounds and row["notebook"] != "05_remedies"
+    if row["trained_on"] == "relabelled" and attacked and not name.endswith(ATTACKED):
         name += ATTACKED  # in records of before the set's teacher said so
     return name + _ADVERSARIALLY * (row["training"] == "adversarial")
 
@@ -261,10 +270,17 @@ USUAL_IMAGES = 5000
 """The size of most training sets in `summary`, which makes its lines comparable."""
 
 DATA_SETS = {"cifar10": "CIFAR-10, 8/255", "mnist": "MNIST, 0.3"}
+RADII = {"cifar10": 8 / 255, "mnist": 0.3}
+"""What they are attacked with in the paper: only lines of it are compared and drawn."""
 
 
 def _weight(line):
     return line.n_test, -abs(math.log((line.images or 1) / USUAL_IMAGES))
+
+
+def compared(ours: list[Line]) -> list[Line]:
+    """Those of our lines that were attacked as in the paper."""
+    return [line for line in ours if line.source == "ours"]
 
 
 def summary(found) -> str:
@@ -277,7 +293,8 @@ def summary_rows(found) -> list[list[str]]:
     """Clean and AutoAttack accuracy of a few models, and the paper's AutoAttack; the head first.
 
     Of several lines of one model, the one with most test images counts, of these the one with a
-    number of training images nearest USUAL_IMAGES as a ratio, and the first of these.
+    number of training images nearest USUAL_IMAGES as a ratio, and the first of these. Lines of
+    another threat than the paper's are left out.
 
     Args:
       found: a list of records (see `records.read`).
@@ -286,7 +303,7 @@ def summary_rows(found) -> list[list[str]]:
         {(line.model, line.trained_on, line.data_set): line
          for line in sorted(reversed(some), key=_weight)
          if "autoattack" in line.cells}
-        for some in (lines(found), published())
+        for some in (compared(lines(found)), published())
     )  # fmt: skip
     head = ["model", "trained on"]
     for name in DATA_SETS.values():

@@ -198,7 +198,7 @@ class _Run:
     def finished(self):
         if self.epoch >= self.recipe.epochs:
             return "epochs"
-        waited = self.epoch - self.best_epoch
+        waited = self.epoch - self.best_epoch if self.history else 0
         return "patience" if self.recipe.patience and waited >= self.recipe.patience else ""
 
     def advance(self):

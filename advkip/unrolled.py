@@ -129,6 +129,8 @@ def _gradient(key, x, y, batch, recipe, loss):
 class Run(algorithm.Run):
     """One run of Algorithm 1 with networks: see `algorithm.Run`."""
 
+    advice = "smaller unrolled.learning_rate or unrolled.net_learning_rate"
+
     def __init__(self, experiment, splits, kernel, method):
         super().__init__(experiment, splits, kernel, method)
         settings = self.settings
@@ -136,6 +138,9 @@ class Run(algorithm.Run):
             Recipe(*sizes, settings.net_steps, settings.net_learning_rate)
             for sizes in settings.sizes
         ]
+
+    def start(self, initial):
+        return super().start(initial)._replace(origin=None)  # there is no kernel matrix
 
     def keys(self, step) -> list:
         """Of the first weights of an outer step."""

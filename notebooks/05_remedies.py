@@ -323,7 +323,7 @@ kinds = ["classes", "answers", *(["answers and features"] * (experiment.relabell
 labelled, taught = {}, {}
 for copies in experiment.remedies.copies:
     for kind in kinds:
-        given = {"copies": copies} | ({} if "features" in kind else {"shift": 0})
+        given = {"copies": copies, "rounds": 0} | ({} if "features" in kind else {"shift": 0})
         own = experiment.replace(relabelling=given)
         if kind == "classes":
             labelled[kind, copies] = sets.noisy(own, splits)

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 import yaml
 
-from advkip import attack_names, checked, config, losses, method_settings, settings
+from advkip import attack_names, checked, config, losses, method_settings, records, settings
 from advkip.config import Experiment
 from tests.sections import changed, experiment, nested
 
@@ -176,6 +176,24 @@ def test_every_section_is_named_where_it_is_used():
     assert every - set(config.sections("04_shortcomings")) == {"name", "notebooks", "remedies"}
 
 
+def test_a_scout_of_either_kind_matters_to_relabelled_sets():
+    asked = {"networks__sets": ["relabelled"], "relabelling__rounds": 2}
+    for notebook, scout, section in (
+        ("03_cnns", "fc3-1024", "fully_connected"), ("02_transfer", "simple-cnn", "cnns"),
+    ):  # fmt: skip
+        e = experiment(notebooks=[notebook], relabelling__scout=scout, **asked)
+        other = changed(e, **{f"{section}__epochs": 7})
+        assert not records.same_results(other, e.to_dict(), notebook)
+        assert records.same_results(e, e.to_dict(), notebook)
+
+
+def test_more_epochs_ask_for_more_patience():
+    section = experiment(cnns__patience=20, cnns__eval_every=5, cnns__milestones=[3]).cnns
+    longer = section.longer(4)
+    assert (longer.patience, longer.eval_every, longer.milestones) == (80, 20, (12,))
+    assert experiment().cnns.longer(2).patience is None
+
+
 def test_sets_that_cannot_be_had(tmp_path):
     asked = {"diagnosis__sets": ["robust-features"], "notebooks": ["04_shortcomings"]}
     for missing in (
@@ -325,6 +343,12 @@ def test_variants_are_experiments_of_their_own():
 def test_variants_that_are_none(changes, message):
     with pytest.raises(ValueError, match=message):
         variant(**changes)
+
+
+def test_numbers_of_copies_that_no_number_of_epochs_makes_equal():
+    assert experiment(remedies__copies=[1, 2, 6]).remedies.copies == (1, 2, 6)
+    with pytest.raises(ValueError, match=r"divide the largest, 4, .* got \[3\]"):
+        experiment(remedies__copies=[1, 3, 4])
 
 
 def test_remedies_without_adversarial_kip():

@@ -141,6 +141,17 @@ def test_other_sets_are_refused(made, change, message):
     assert message in str(error.value)
 
 
+def test_a_file_that_is_not_there_is_missed_before_anything_runs(made, tmp_path):
+    e = changed(larger(made[0]), notebooks=["01_kernels"], kip=None)
+    preflight.check(e)
+    with pytest.raises(ValueError, match=r"grown_from: expected a set with seed 1, got 0"):
+        preflight.check(changed(e, seed=1))
+    lost = changed(e, support__grown_from=str(tmp_path / "x" / "adv-kip.npz"))
+    with pytest.raises(ValueError, match=r"grown_from: expected a distilled set, got no file"):
+        preflight.check(lost)
+    preflight.check(lost, [tmp_path / "x"])
+
+
 def test_a_record_says_what_the_support_grew_from(made):
     assert preflight.digests(larger(made[0]))["support"] == files.digest(Path(made[0]))
     assert "support" not in preflight.digests(SMALL)

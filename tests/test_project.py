@@ -198,6 +198,7 @@ IMPORTS = {
         "config",
         "data",
         "files",
+        "growth",
         "inputs",
         "method_settings",
         "settings",

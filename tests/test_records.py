@@ -9,7 +9,7 @@ import pytest
 
 from advkip import preflight, records, tables, verdict
 from advkip.evaluate import Outcome
-from tests.sections import experiment
+from tests.sections import experiment, of_the_paper
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +21,7 @@ def outcome(attack, accuracy, n=100):
 
 def write(folder, *, seed=0, accuracy=0.4, notebook="01_kernels", **settings):
     size = {"support__n_support": 5000, "support__n_target": 10}
-    e = experiment(**{"dataset__name": "mnist", "seed": seed, **size, **settings})
+    e = of_the_paper("mnist", **{"seed": seed, **size, **settings})
     recorder = records.Recorder(e, folder, notebook)
     outcomes = [outcome("clean", 0.9), outcome("pgd10", accuracy)]
     recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
@@ -75,6 +75,17 @@ def test_more_steps_of_a_schedule_are_another_experiment(tmp_path):
     with pytest.raises(ValueError, match=r"got other \['adv_kip.n_steps'\]; pass output = '"):
         write(tmp_path, **cosine, adv_kip__n_steps=61)
     write(tmp_path, **cosine, kip__n_steps=61)  # at a constant rate
+
+
+def test_a_set_made_with_other_networks_is_another_experiment(tmp_path):
+    asked = {"networks__sets": ["unrolled"], "notebook": "02_transfer"}
+    write(tmp_path, unrolled__net_steps=5, unrolled__checkpoint_every=9, **asked)
+    write(tmp_path, unrolled__net_steps=6, **asked)  # it has not begun
+    (tmp_path / "distillation-unrolled.npz").touch()
+    write(tmp_path, unrolled__net_steps=6, unrolled__n_steps=200, **asked)
+    with pytest.raises(ValueError, match=r"got other \['unrolled.net_steps'\]"):
+        write(tmp_path, unrolled__net_steps=7, unrolled__n_steps=200, **asked)
+    write(tmp_path)  # no set of it is asked for
 
 
 def test_rows_of_other_data_go(tmp_path, monkeypatch):
@@ -136,7 +147,7 @@ def test_only_seeds_are_averaged(tmp_path):
 
 
 def test_networks_in_the_table(tmp_path):
-    e = experiment(dataset__name="cifar10", support__n_support=5000, support__n_target=10)
+    e = of_the_paper("cifar10", support__n_support=5000, support__n_target=10)
     recorder = records.Recorder(e, tmp_path, "03_cnns")
     outcomes = [outcome("clean", 0.7), outcome("autoattack", 0.1), outcome("pgd20-l2", 0.3)]
     settings = {"model": "simple-cnn", "n_train": 800}
@@ -187,7 +198,7 @@ def test_a_change_of_network_settings_drops_their_rows_alone(tmp_path):
 
 def test_sets_of_one_name_are_lines_apart(tmp_path):
     """As when a notebook is run again with a set that was made anew."""
-    e = experiment(dataset__name="mnist")
+    e = of_the_paper("mnist")
     recorder = records.Recorder(e, tmp_path, "03_cnns")
     net = {"model": "simple-cnn", "trained_on": "adv-kip", "training": "plain", "n_train": 100}
     for accuracy, name, seed in ((0.3, "a", 0), (0.5, "a", 1), (0.9, "b", 0)):
@@ -218,7 +229,7 @@ class Found:
 
 def test_verdicts_stand_beside_their_accuracies(tmp_path):
     write(tmp_path, notebook="01_kernels")
-    e = experiment(dataset__name="mnist", support__n_support=5000, support__n_target=10)
+    e = of_the_paper("mnist", support__n_support=5000, support__n_target=10)
     recorder = records.Recorder(e, tmp_path, "04_shortcomings")
     outcomes = [outcome("clean", 0.9), outcome("pgd10", 0.6)]
     net = {"model": "fc3-1024", "training": "plain", "n_train": 700}
@@ -326,7 +337,7 @@ def test_committed_records_are_whole_and_the_readme_shows_them():
 
 
 def test_the_summary_is_of_figures_under_autoattack(tmp_path):
-    e = experiment(dataset__name="cifar10", support__n_support=5000)
+    e = of_the_paper("cifar10", support__n_support=5000)
     recorder = records.Recorder(e, tmp_path, "03_cnns")
     outcomes = [outcome("clean", 0.7), outcome("autoattack", 0.1)]
     net = {"model": "simple-cnn", "n_train": 800}
@@ -341,10 +352,30 @@ def test_the_summary_is_of_figures_under_autoattack(tmp_path):
     assert "| kernel:fc3 | adv-kip |  |  |  |  |  |  |  |  |" in lines
 
 
+def test_another_radius_is_said_and_not_compared(tmp_path):
+    def measured(name, accuracy, **threat):
+        e = of_the_paper("mnist", **threat)
+        recorder = records.Recorder(e, tmp_path / name, "04_shortcomings")
+        outcomes = [outcome("clean", 0.9), outcome("autoattack", accuracy)]
+        recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
+        return recorder.write()
+
+    others = [
+        measured("a", 0.5, threat__epsilon=0.2),
+        measured("b", 0.6, threat__norm="l2", threat__epsilon=1.5),
+    ]
+    found = [*others, measured("c", 0.1, threat__epsilon=0.3)]
+    text = tables.accuracy(found, tables=())
+    for source, accuracy in (("ours, 0.2", 50), ("ours, 1.5 in l2", 60), ("ours", 10)):
+        assert f"| {source} | kernel:fc3 | 100 | adv-kip | 100 | 90.00 | {accuracy}.00 |" in text
+    assert "| 100 | 90.0 | 10.0 |" in tables.summary(found)
+    assert "90.0" not in tables.summary(others)
+
+
 def test_the_summary_takes_the_line_with_most_test_images(tmp_path):
     found = []
     for n_support, n_test, accuracy in ((30, 200, 0.3), (20, 500, 0.2), (40, 500, 0.1)):
-        e = experiment(dataset__name="mnist", support__n_support=n_support)
+        e = of_the_paper("mnist", support__n_support=n_support)
         recorder = records.Recorder(e, tmp_path / str(n_support), "04_shortcomings")
         outcomes = [outcome("clean", 0.9, n_test), outcome("autoattack", accuracy, n_test)]
         recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
@@ -357,7 +388,7 @@ def test_of_lines_with_as_many_test_images_the_usual_size_counts(tmp_path, monke
     monkeypatch.setattr(tables, "USUAL_IMAGES", 33)
     found = []
     for n_support in (20, 30, 40):
-        e = experiment(dataset__name="mnist", support__n_support=n_support)
+        e = of_the_paper("mnist", support__n_support=n_support)
         recorder = records.Recorder(e, tmp_path / str(n_support), "04_shortcomings")
         outcomes = [outcome("clean", 0.9), outcome("autoattack", n_support / 100)]
         recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel")
@@ -429,7 +460,7 @@ def test_a_verdict_without_figures_is_no_line(tmp_path):
 
 def test_a_table_of_a_run_shows_that_run_alone(tmp_path):
     write(tmp_path, notebook="02_transfer")
-    e = experiment(dataset__name="mnist", support__n_support=5000, support__n_target=10)
+    e = of_the_paper("mnist", support__n_support=5000, support__n_target=10)
     recorder = records.Recorder(e, tmp_path, "01_kernels")
     recorder.add([outcome("clean", 0.7)], model="kernel:fc3", trained_on="kip", training="kernel")
     recorder.write()

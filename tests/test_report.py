@@ -10,7 +10,7 @@ import pytest
 
 from advkip import records, report, tables
 from advkip.evaluate import Outcome
-from tests.sections import experiment
+from tests.sections import of_the_paper
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,7 +22,7 @@ def outcome(attack, accuracy):
 
 
 def write(folder, name, *, seed=0, n=500, robust=0.2):
-    e = experiment(name=name, dataset__name="cifar10", support__n_support=n, seed=seed)
+    e = of_the_paper("cifar10", name=name, support__n_support=n, seed=seed)
     recorder = records.Recorder(e, folder / name, "04_shortcomings")
     outcomes = [outcome("clean", 0.45), outcome("pgd6", 0.3), outcome("autoattack", robust)]
     recorder.add(outcomes, model="kernel:fc3", trained_on="adv-kip", training="kernel", seed=seed)

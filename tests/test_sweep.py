@@ -1,5 +1,6 @@
 """A grid on a local Dask cluster: a worker that is killed, a notebook that fails, nothing twice."""
 
+import fnmatch
 import json
 from pathlib import Path
 
@@ -109,6 +110,11 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
         name="y-seed1-hinge", seed=1, support__n_support=40, support__clip=True,
         adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge",
     )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"than those of the grid, got \['seed'\]; pass.*grid.seed="
+    ):
+        grid.experiments(path, ["seed=7"])
+    assert len(grid.experiments(path, ["grid.seed=[7]"])) == 2
     path.write_text("seed: 3")
     assert [one.seed for one in grid.experiments(path)] == [3]
 
@@ -153,10 +159,27 @@ def test_what_experiments_share_is_made_once():
         ("b", "03_cnns", 2), ("c", "01_kernels", None), ("c", "03_cnns", 4),
         ("d", "01_kernels", None), ("d", "03_cnns", 6),
     ]  # fmt: skip
-    sets, robust = (pattern for pattern, *_ in sweep.SHARED)
+    sets, _, robust = (pattern for pattern, *_ in sweep.SHARED)
     assert [one.takes for one in tasks] == [
         (), (), ((0, sets),), ((0, sets), (1, robust)), (), (), ((4, sets),), ((4, sets),),
     ]  # fmt: skip
+
+
+def test_other_networks_inside_the_outer_steps_make_another_set():
+    shared = {"notebooks": ["02_transfer"], "networks__sets": ["unrolled"]}
+    a, b, c = (
+        experiment(name=str(i), unrolled__net_steps=n, fully_connected__epochs=epochs, **shared)
+        for i, (n, epochs) in enumerate([(5, 1), (6, 1), (5, 2)])
+    )
+    sets, unrolled = sweep.SHARED[0][0], sweep.UNROLLED
+    first, second, third = (one.takes for one in sweep.plan([a, b, c]))
+    assert (first, second) == ((), ((0, sets),))
+    assert third == ((0, sets), (0, unrolled))
+    for name, patterns in (
+        ("adv-kip", [sets]), ("kip", [sets]), ("unrolled", [unrolled])
+    ):  # fmt: skip
+        file = f"distillation-{name}.npz"
+        assert [one for one in (sets, unrolled) if fnmatch.fnmatch(file, one)] == patterns
 
 
 def test_files_are_taken_once(tmp_path):

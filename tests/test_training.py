@@ -220,6 +220,14 @@ def test_patience_stops(digits):
     assert result.history[-1]["epoch"] == result.epoch + 3
 
 
+def test_patience_begins_with_the_first_line_of_the_history(digits):
+    """Else weights that nothing has judged, those of the start, would be the best."""
+    result = run(digits, epochs=60, eval_every=10, patience=5, learning_rate=1e-7)
+    assert result.stopped == "patience"
+    assert result.history[0]["epoch"] == result.epoch == 10
+    assert len(result.history) == 1 + (result.history[-1]["epoch"] > 10)
+
+
 def test_same_seed_same_weights(digits):
     first = weights(run(digits, adversarial_steps=2))
     assert torch.equal(weights(run(digits, adversarial_steps=2)), first)

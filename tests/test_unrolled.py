@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, distill, kernels, losses, nets, objective, sets, unrolled
+from advkip import data, distill, kernels, losses, nets, objective, sets, solver, unrolled
 from tests.sections import SMALL_SETS, changed, experiment
 
 SMALL = changed(
@@ -89,7 +89,9 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_bits(splits, tmp_path):
         folder = tmp_path / name
         found = distill.distill(e, splits, method="unrolled", checkpoint_dir=folder, progress=False)
         losses = [line["loss"] for line in found.history]
-        return losses, *data.read(folder / f"unrolled-{n_steps}.npz")[:1]
+        last = folder / f"unrolled-{n_steps}.npz"
+        assert sets.from_path(last)[0] == last.stem
+        return losses, *data.read(last)[:1]
 
     losses, last = run("whole", 4)
     run("resumed", 2)
@@ -99,6 +101,25 @@ def test_a_run_that_is_cut_off_goes_on_with_the_same_bits(splits, tmp_path):
         np.testing.assert_array_equal(same[key], last[key])
     _, before = run("short", 2)
     assert not np.array_equal(before["x_train"], last["x_train"])
+
+
+def test_a_set_of_any_size(splits, tmp_path, monkeypatch):
+    """Kernel machines of as many images keep a factor; there is none here."""
+    monkeypatch.setattr(solver, "KEPT", 0)
+    for n_steps in (2, 4):
+        e = changed(SMALL, unrolled__n_steps=n_steps)
+        found = distill.distill(
+            e, splits, method="unrolled", checkpoint_dir=tmp_path, progress=False
+        )
+    assert found.history[-1]["step"] == 4
+
+
+def test_networks_that_diverge_say_what_to_lower(splits):
+    e = changed(SMALL, unrolled__net_learning_rate=1e12)
+    with pytest.raises(
+        distill.DivergedError, match="a finite loss, got nan at step 0; pass a sm.*net_l"
+    ):
+        distill.distill(e, splits, method="unrolled", progress=False)
 
 
 def test_each_step_has_other_networks_and_validation_has_one(splits):
@@ -154,11 +175,14 @@ def test_a_run_starts_from_the_set_of_the_kernel(splits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("net", "named"),
-    [("fc1-16-pieces2", "fc1-16-pieces2"), (["fc1-8", "fc1-16-pieces2"], "fc1-8, fc1-16-pieces2")],
+    ("net", "start", "named"),
+    [
+        ("fc1-16-pieces2", "adv-kip", "fc1-16-pieces2 from adv-kip"),
+        (["fc1-8", "fc1-16-pieces2"], "original", "fc1-8, fc1-16-pieces2"),
+    ],
 )
-def test_the_set_has_a_name_and_its_networks_are_named(net, named, digits, splits, tmp_path):
-    e = changed(SMALL, unrolled__n_steps=2, unrolled__net=net)
+def test_the_set_has_a_name_and_its_networks_are_named(net, start, named, digits, splits, tmp_path):
+    e = changed(SMALL, unrolled__n_steps=2, unrolled__net=net, unrolled__start_from=start)
     made = sets.load(["unrolled"], e, splits, digits, tmp_path)["unrolled"]
     assert (made.kernel, made.teacher) == (None, named)
     name, again = sets.from_path(tmp_path / "unrolled.npz")
