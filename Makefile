@@ -47,9 +47,8 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 	rm -rf reports/scratch build/jax-cache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m advkip.docs & docs=$$!; wait $$types && wait $$docs
 	$(BIN)/python -m pytest -n 3 --dist loadfile --nbval-lax --nbval-cell-timeout=600 notebooks tests
-	$(BIN)/python -m advkip.docs
 
 coverage: install  ## which lines of the package no test runs
 	$(BIN)/python -m pytest -n 3 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered

@@ -27,8 +27,8 @@ def source(notebook) -> Path:
 
 MADE = (
     "results.json", "distillation-*.npz", "kept-*.npz", "network-*.npz", "attacks-*.npz",
-    "inverted-*.npz", "adv-kip.npz", "kip.npz", "unrolled.npz", "relabelled.npz",
-    "robust-features.npz", "scout-*.npz", "attacked-*.npz",
+    "inverted-*.npz", "adv-kip.npz", "kip.npz", "unrolled.npz", "adv-kip-*.npz", "kip-*.npz",
+    "unrolled-*.npz", "relabelled.npz", "robust-features.npz", "scout-*.npz", "attacked-*.npz",
 )  # fmt: skip
 """What an experiment's later notebooks read of what its earlier ones left in the folder."""
 
@@ -173,7 +173,10 @@ def _same_code(executed, notebook):
 def _differs(notebook):
     """Whether the notebook's source is not as it is committed; False without git."""
     command = ["git", "diff", "--quiet", "HEAD", "--", f"notebooks/{notebook}.*"]
-    return subprocess.run(command, capture_output=True).returncode == 1
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 1
+    except OSError:
+        return False
 
 
 def _tidy(path, **notes):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from advkip.config import Experiment, file_name, read_params
+from advkip.config import Experiment, by_path, file_name, read_params
 
 KEY = "grid"
 
@@ -38,17 +38,17 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
             f"settings, got {grid!r}; pass for example {{seed: [0, 1, 2], switch: {{paper: {{}}, "
             "margin: {adv_kip.inner_loss: margin}}}"
         )  # fmt: skip
-    if taken := sorted(
-        {key for key, _, _ in (one.partition("=") for one in overrides)} & set(grid)
-    ):
+    axes = list(itertools.starmap(_axis, grid.items()))
+    own = {path for axis in axes for _, settings in axis for path, _ in by_path(settings)}
+    if taken := sorted(own & {one.partition("=")[0].strip() for one in overrides}):
         raise ValueError(
             f"{path}: expected --set of other settings than those of the grid, got {taken}; pass "
-            "their values to the grid, as --set grid.seed=[7], or in the file"
+            "their values to the grid, as --set grid.seed=[7], or change them in the file"
         )
     found = []
-    for point in itertools.product(*itertools.starmap(_axis, grid.items())):
+    for point in itertools.product(*axes):
         name = "-".join([params["name"], *(label for label, _ in point)])
-        keys = [key for _, settings in point for key in settings]
+        keys = [path for _, settings in point for path, _ in by_path(settings)]
         if twice := {key for key in keys if keys.count(key) > 1 or key == "name"}:
             raise ValueError(
                 f"{path}: expected each setting in one direction of the grid, and no name, got "

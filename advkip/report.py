@@ -8,8 +8,11 @@ import argparse
 import base64
 import io
 import json
+import math
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +42,14 @@ FIGURES = (
 )
 """The paper's six figures, and what notebooks call theirs."""
 
+DATA = {
+    "original": "original images", "adv-kip": "adv-KIP", "kip": "KIP",
+    "robust-features": "robust features",
+    "relabelled": "original images that a kernel machine or a network labelled",
+    "other": "others, as noisy copies",
+}  # fmt: skip
+"""Of which sets a chart has marks of their own."""
+
 WIDTH = 640
 """Pixels of an embedded figure; a click opens the whole one."""
 
@@ -50,7 +61,7 @@ class Point(NamedTuple):
     x: float
     y: float
     kind: str  # "kernel", "plain", "adversarial": its colour
-    data: str  # "original", "adv-kip", "kip", "robust-features": its shape
+    data: str  # one of DATA: its shape
 
 
 def build(
@@ -83,7 +94,7 @@ def build(
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     return environment.get_template("report.html").render(
-        base=base, summary={"head": head, "body": body},
+        base=base, data=DATA, summary={"head": head, "body": body},
         charts=[chart for name in tables.DATA_SETS if (chart := clean_against_robust(drawn, name))],
         scaling=scaling(drawn),
         tables=[_paper_table(number, lines, fills) for number in TITLES],
@@ -100,6 +111,12 @@ def _kind(line):
     return "adversarial" if tables.is_adversarial(line.trained_on) else "plain"
 
 
+def _data(line):
+    name = line.trained_on.split(",")[0].split(" ")[0]
+    name = re.sub(r"-\d+$", "", name)  # of a step of its own
+    return name if name in DATA else "other"
+
+
 def _first(value):
     """The mean of a cell: a number, (mean, std) or {seed: number}."""
     if isinstance(value, dict):
@@ -112,8 +129,7 @@ def clean_against_robust(lines: list[tables.Line], data_set: str) -> dict | None
     points = [
         Point(
             f"{line.model}, {line.trained_on}, {line.images:,} images", _first(line.cells["clean"]),
-            _first(line.cells["autoattack"]), _kind(line),
-            line.trained_on.split(",")[0].split(" ")[0],
+            _first(line.cells["autoattack"]), _kind(line), _data(line),
         )
         for line in lines
         if line.data_set == data_set and "autoattack" in line.cells
@@ -166,12 +182,13 @@ def scaling(lines: list[tables.Line]) -> list[dict]:
 
 
 def _files(params):
-    """{(data set, model, trained on): params file} of all that the files would measure."""
-    found = {}
+    """{(data set, model, trained on): [(n_support, params file)]} of what files would measure."""
+    found = defaultdict(list)
     for path in [*sorted(params.glob("*.yaml")), *sorted(params.glob("paper/*.yaml"))]:
         for e in grid.experiments(path):
             name, made = e.dataset.name, f"adv-kip {e.kernel.name}"
-            keys = [(name, f"kernel:{e.kernel.name}", method) for method in e.methods]
+            methods = e.methods if "01_kernels" in e.notebooks else ()
+            keys = [(name, f"kernel:{e.kernel.name}", method) for method in methods]
             nets = {"02_transfer": e.fully_connected.nets, "03_cnns": e.cnns.nets}
             for notebook in set(e.notebooks) & set(nets):
                 keys += [(name, net, made) for net in nets[notebook]]
@@ -179,9 +196,19 @@ def _files(params):
                     keys += [(name, net, tables.ADVERSARIAL) for net in nets[notebook]]
             if "04_shortcomings" in e.notebooks:
                 keys += [(name, net, "robust-features") for net in e.diagnosed_nets()]
-            for key in keys:  # the paper's sizes come last, and count
-                found[key] = path.relative_to(params.parent).as_posix()
+            for key in keys:
+                found[key].append((e.support.n_support, path.relative_to(params.parent).as_posix()))
     return found
+
+
+def _file(fills, line):
+    """The params file for a line of the paper: of its size or the nearest, of two the latter."""
+    options = fills.get((line.data_set, line.model, line.trained_on), [(0, "")])
+
+    def far(option):
+        return abs(math.log(option[0] / line.images)) if line.images and option[0] else 0
+
+    return min(reversed(options), key=far)[1]
 
 
 def _paper_table(number, lines, fills):
@@ -190,7 +217,7 @@ def _paper_table(number, lines, fills):
     for theirs in tables.published([number]):
         key = theirs.data_set, theirs.model, theirs.trained_on
         ours = [one for one in lines if (one.data_set, one.model, one.trained_on) == key]
-        rows.append((theirs, ours, "" if ours else fills.get(key, "")))
+        rows.append((theirs, ours, "" if ours else _file(fills, theirs)))
         shown += [theirs, *ours]
     attacks = tables.attacks_of(shown)
     body = []

@@ -370,8 +370,9 @@ def kept_row(work, found, n_steps, rate, own=None):
     """A line for several outer steps; `own` are those that each had a factor of their own."""
     times, iterations, peak = found
     return {
-        "work": f"mean of {n_steps} outer steps, factorisations included, fc{DEPTH}, "
-        f"{source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, "
+        "work": f"mean of {n_steps} outer steps with an old factor"
+        f"{', the reference with one for each step' if own else ''}; factorisations included, "
+        f"fc{DEPTH}, {source(work)}, S {work[0]:,}, T {work[1]:,}, {work[2]} inner steps, "
         f"float32, learning rate {rate:g}",
         "reference_s": own and round(float(np.mean(own[0])), 3),
         "ours_s": round(float(np.mean(times)), 3),

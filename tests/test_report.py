@@ -65,6 +65,15 @@ def test_every_missing_row_names_a_file_that_is_there(folder):
     assert len(named) > 5
     assert all((ROOT / path).exists() for path in named)
     assert "not run yet</td>" not in text
+    paper = "params/paper/table"
+    for file in (
+        "9-cifar10-fc3-1k",
+        "9-cifar10-fc3-5k",
+        "9-cifar10-fc3-10k",
+        "2-4-cifar10-fc2-40k",
+    ):
+        assert f"{paper}{file}.yaml" in named
+    assert f"{paper}8-cifar10-robust-features.yaml" in named  # whose kernels have no row
 
 
 def test_charts(folder):
@@ -79,6 +88,10 @@ def test_charts(folder):
         ("a constant answer", 10.0), ("the paper's adversarially trained simple-cnn", 26.18),
     ]  # fmt: skip
     assert report.clean_against_robust(lines, "mnist") is None
+    made = ("relabelled fc1 + attacked", "adv-kip-100 fc3", "noisy", "robust-features fc3")
+    others = [lines[0]._replace(trained_on=name) for name in made]
+    shapes = [point.data for point in report.clean_against_robust(others, "cifar10")["points"]]
+    assert shapes == ["relabelled", "adv-kip", "other", "robust-features"]
     (scaling,) = report.scaling(lines)
     assert [(v["n"], v["mean"], v["low"], v["seeds"]) for v in scaling["values"]] == [
         (500, 25.0, 20.0, 2), (2000, 35.0, 35.0, 1),

@@ -121,6 +121,11 @@ def test_new_code_is_said_of_a_finished_notebook(project, capfd):
     assert "finished, with code that has changed since, skipped" in capfd.readouterr().out
 
 
+def test_without_git_no_notebook_differs(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert not execute._differs("01_kernels")
+
+
 def test_a_failing_cell_is_named(project, capfd):
     path = params(project, notebooks=["good", "bad"])
     assert run.main([path]) == 1

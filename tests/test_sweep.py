@@ -113,7 +113,9 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
     with pytest.raises(
         ValueError, match=r"than those of the grid, got \['seed'\]; pass.*grid.seed="
     ):
-        grid.experiments(path, ["seed=7"])
+        grid.experiments(path, ["seed =7"])
+    with pytest.raises(ValueError, match=r"got \['adv_kip.outer_loss', 'support.clip'\]"):
+        grid.experiments(path, ["support.clip=false", "adv_kip.outer_loss=mse"])
     assert len(grid.experiments(path, ["grid.seed=[7]"])) == 2
     path.write_text("seed: 3")
     assert [one.seed for one in grid.experiments(path)] == [3]
@@ -135,6 +137,10 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
             "expected each setting in one.*'seed'. in y-seed1-a",
         ),
         ("grid: {x: {a: {name: b}}}", "expected each setting in one.*, and no name, got .'name'."),
+        (
+            "grid: {support.n_support: [20], x: {a: {support: {n_support: 9}}}}",
+            "expected each setting in one.*'support.n_support'. in y-n_support20-a",
+        ),
         ("grid: {seed: [1, 1]}", "expected a name for each point of the grid, got 'y-seed1' twice"),
         ("grid: {seed: [x]}", "seed: expected a valid integer, got 'x'"),
     ],
