@@ -118,7 +118,7 @@ def attacked(net, x, y, *, recipe: Recipe, seed) -> np.ndarray:
     order = torch.as_tensor(y).sort(dim=1, descending=True, stable=True).indices
     rank = torch.randint(1, min(RIVALS + 1, y.shape[1]), (len(y), 1), generator=generator)
     top, aim = order[:, 0], order.gather(1, rank)[:, 0]
-    size, parts = nets.batch_size(net), []
+    size, parts = nets.batch_size(net, x.shape[1:]), []
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
         own, others = (classes[rows].to(nets.device()) for classes in (top, aim))

@@ -136,7 +136,7 @@ def _pgd(logits_fn, x, y, aim, key, ball, step_size, steps, loss, n_restarts, ru
         def climb(point):
             (_, values), g = jax.value_and_grad(total, has_aux=True)(point)
             # One that is not finite points nowhere, and must not spread to the other pixels.
-            return values, jnp.where(jnp.isfinite(g), g, 0)
+            return values, jnp.where(jnp.isfinite(g), g, 0).astype(point.dtype)
 
         if rule == "apgd":
             return ascent.adaptive(climb, start, x, threat=ball, since=steps)

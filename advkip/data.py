@@ -110,7 +110,7 @@ def dataset_of(path, arrays, settings) -> Dataset:
         )
         x_test, y_test = inputs.part_of_data_set(arrays["x_test"], arrays["y_test"], "test")
         strangers = sorted(set(y_test.tolist()) - set(y_train.tolist()))
-        if strangers and arrays["y_train"].ndim == 1:
+        if strangers and arrays["y_train"].size == len(y_train):
             raise ValueError(
                 f"expected test labels that training images have, got {strangers[:5]} in y_test "
                 "alone; pass labels 0, 1, ..., C - 1 of the same classes in both"
@@ -123,7 +123,7 @@ def dataset_of(path, arrays, settings) -> Dataset:
         inputs.check_alike(x_train, x_test, distilled=bool(settings))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    n_classes = int(max(y_train.max(), y_test.max())) + 1
+    n_classes = int(max(y_train.max() + 1, y_test.max() + 1, *arrays["y_train"].shape[1:]))
     if n_classes < 2:
         raise ValueError(f"{path}: expected two classes or more, got one; pass labels from 0")
     return Dataset(x_train, y_train, x_test, y_test, n_classes)

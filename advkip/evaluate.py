@@ -32,6 +32,9 @@ from advkip.config import Experiment
 from advkip.models import judged
 from advkip.progress import tqdm
 
+ASKED = 100
+"""Images at least that are asked whether a model answers with logits, of each image alone."""
+
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""
 
@@ -91,7 +94,7 @@ def evaluate(
       model: a `krr.KernelMachine`, or a `torch.nn.Module` of images (n, C, H, W) in [0, 1] to
         logits, in evaluation mode. It is given copies of the images; the attacks' pixels are
         float32 (float64 for a network in float64), also where its own are float16 or bfloat16.
-      x, y: images in [0, 1], shape (n, H, W, C), and integer labels (n,) or (n, 1).
+      x, y: images in [0, 1], shape (n, H, W, C), and integer labels (n,).
       threat: an `attacks.Threat`, of all attacks but those whose name ends in '-l2'.
       attack_names: see the module's text; 'clean' comes first by itself.
       step_size: of PGD, in pixel units.
@@ -115,18 +118,28 @@ def evaluate(
         ball on images that it cannot tile, a checkpoint that cannot be read.
       FloatingPointError: logits that are not finite, or an attack that left the ball.
     """
+    if isinstance(attack_names, str):
+        raise ValueError(
+            f"expected a list of attack_names, got {attack_names!r}; pass [{attack_names!r}]"
+        )
     x = np.asarray(x)
-    attacks.check_images(x, threat)
+    inputs.images(x)
+    if (threat.low, threat.high) != (0, 1):
+        raise ValueError(
+            f"expected pixels in the range [0, 1], got a threat in [{threat.low}, {threat.high}]; "
+            "pass a Threat with low 0 and high 1, and mean and std of standardised images"
+        )
     y = inputs.labels(y, len(x), vectors=False)
     plans = [(Attack("clean", "clean"), threat, None)]
     for attack in map(Attack.parse, dict.fromkeys(attack_names)):
         plans.append(_plan(attack, x, threat, step_size, threat_l2, step_size_l2))
     model = nets.in_pixels(model, mean, std, channels=x.shape[3])
-    net = judged(model, seed=seed, batch_size=batch_size)
+    net = judged(model, seed=seed, batch_size=batch_size, shape=x.shape[1:])
     size = net.batch_size
-    first = net.logits(x[:size])
+    some = x[: max(size, ASKED)]
+    first = net.logits(some)
     answers.check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
-    answers.check_order_of_images(net, x[:size], first)
+    answers.check_order_of_images(net, some, first)
     done = _Checkpoint(checkpoint_dir, net, x, y)
 
     outcomes, robust = [], {}
@@ -220,7 +233,8 @@ def _plan(attack, x, threat, step_size, threat_l2, step_size_l2):
             "l_inf threat, or images padded to 16, 20, 28 or 32 pixels"
         )
     if attack.kind == "pgd" and step_size is None:
-        raise ValueError(f"expected step_size_l2 for {name!r}, got None; pass one in pixel units")
+        missing = "step_size_l2" if attack.l2 else "step_size"
+        raise ValueError(f"expected {missing} for {name!r}, got None; pass one in pixel units")
     if attack.kind == "pgd" and not 0 <= step_size <= 2 * threat.epsilon:
         raise ValueError(
             f"expected a step size in [0, {2 * threat.epsilon:g}] for {name!r} with radius "

@@ -14,7 +14,7 @@ COPIES, ROUNDS, EPOCHS, WIDTH = 24, 2, 15, 256
 """Noisy copies of each image; rounds of attacked images; epochs a round; width of the imitation."""
 
 MOST = 10_000
-"""Noisy copies in all, so that many images take no more memory and time than that."""
+"""Noisy copies in all, if three of each image are no more."""
 
 RAYS = 500
 """Directions that are tried, one a pass over the images that still stand."""
@@ -40,7 +40,8 @@ def imitate(net, x, threat, *, seed) -> torch.nn.Module:
         layers: list[torch.nn.Module] = [torch.nn.Flatten()]
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [torch.nn.Linear(before, after), torch.nn.ReLU()]
-        copy = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, classes)).to(x.device)
+        copy = torch.nn.Sequential(*layers, torch.nn.Linear(WIDTH, classes))
+        copy = copy.to(x.device, torch.float32)
     start = x.detach().float()
     copies = min(COPIES, max(3, MOST // len(x)))
     points = [start, *(_noisy(start, threat, generator, i) for i in range(copies))]

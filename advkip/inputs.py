@@ -175,6 +175,10 @@ def part_of_data_set(x, y, part, *, in_range=True) -> tuple[np.ndarray, np.ndarr
         )
     vectors = y.ndim == 2 and y.shape[1] > 1 and np.issubdtype(y.dtype, np.floating)
     if vectors:
+        if not np.isfinite(y).all():
+            raise ValueError(
+                f"expected finite label vectors y_{part}, got NaN or infinity; pass others"
+            )
         y = y.argmax(1)
     y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1 or len(y) != len(x) or not np.issubdtype(y.dtype, np.integer):

@@ -146,9 +146,8 @@ def refit(fitted, x_support, y_support) -> Fit:
     Raises:
       ValueError, FloatingPointError: as `fit`.
     """
-    x_support, y_support = _checked(x_support, y_support)
-    machine = fitted.machine
-    given, earlier = (x_support, y_support), (machine.x_support, machine.alpha)
+    x_support, y_support = given = _checked(x_support, y_support)
+    machine, earlier = fitted.machine, (fitted.machine.x_support, fitted.machine.alpha)
     got, expected = ([(*a.shape, str(a.dtype)) for a in pair] for pair in (given, earlier))
     if got != expected:
         raise ValueError(
@@ -200,7 +199,8 @@ def restore(origin, kernel, *, diag_reg=1e-6, block_size=0) -> Fit:
 def _checked(x_support, y_support):
     inputs.check_floats(x_support, "x_support")
     inputs.check_floats(y_support, "y_support")
-    x_support, y_support = everywhere(x_support), everywhere(y_support)
+    parts = everywhere(x_support), everywhere(y_support)
+    x_support, y_support = (part.astype(jnp.result_type(*parts)) for part in parts)
     if y_support.ndim != 2 or len(x_support) != len(y_support) or not len(x_support):
         raise ValueError(
             "expected x_support (S, ...) and y_support (S, C), got shapes "
@@ -208,8 +208,8 @@ def _checked(x_support, y_support):
         )
     if not (jnp.isfinite(x_support).all() and jnp.isfinite(y_support).all()):
         raise ValueError(
-            "expected finite x_support and y_support, got NaN or infinity; pass "
-            "data without them, or lower the learning rate if they came from a run"
+            "expected finite x_support and y_support, got NaN or infinity; pass others, or lower "
+            "the learning rate if they came from a run"
         )
     return x_support, y_support
 

@@ -14,16 +14,19 @@ from advkip import attacks, bridge, krr, nets, probes, torch_attacks
 from advkip.attack_names import UNTARGETED_PARTS, Attack
 
 
-def judged(model, *, seed=0, batch_size=0) -> "_Network":
-    """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`."""
+def judged(model, *, seed=0, batch_size=0, shape=()) -> "_Network":
+    """A network or kernel machine with `net`, `tensor` and `logits`; for `diagnose`.
+
+    `shape` is that of an image, (H, W, C), on which the number of images at a time depends.
+    """
     kind = _Machine if isinstance(model, krr.KernelMachine) else _Network
-    return kind(model, seed, batch_size)
+    return kind(model, seed, batch_size, shape)
 
 
 class _Network:
     """A PyTorch network as `evaluate` needs it: arrays in, arrays out."""
 
-    def __init__(self, net, seed, batch_size):
+    def __init__(self, net, seed, batch_size, shape=()):
         if not isinstance(net, torch.nn.Module):
             raise ValueError(
                 f"expected a krr.KernelMachine or a torch.nn.Module, got {type(net).__name__}; "
@@ -31,7 +34,7 @@ class _Network:
             )
         nets.check_evaluated(net)
         self.net, self.seed = nets.Logits(net), seed
-        self.batch_size = batch_size or nets.batch_size(net)
+        self.batch_size = batch_size or nets.batch_size(net, shape)
         self.model = f"{type(net).__qualname__} {net!r}"
         self.like = self.net.own()
         if self.like is not None and self.like.dtype in nets.HALF:
@@ -87,7 +90,7 @@ class _Network:
 class _Machine(_Network):
     """A kernel machine; what JAX has of attacks runs there, the rest through the bridge."""
 
-    def __init__(self, machine, seed, batch_size):
+    def __init__(self, machine, seed, batch_size, shape=()):
         net = bridge.KernelNet(machine, batch_size=batch_size)
         super().__init__(net, seed, net.batch_size)
         self.bridge, self.machine, self.model = net, machine, f"{machine.kernel}"
@@ -139,11 +142,6 @@ def _autoattack(net, name, x, y, threat, seed):
             f"expected 4 classes or more for {name!r}, whose targeted losses need them, got "
             f"{n_classes}; pass 'apgd-ce' or 'square'"
         )
-    if (threat.low, threat.high) != (0, 1):
-        raise ValueError(
-            f"expected the range [0, 1] for {name!r}, got [{threat.low}, {threat.high}]; pass a "
-            "Threat with low 0 and high 1, and images that fit"
-        )
 
     def logits(x_single):  # it works in single precision, which the network need not
         return net(_ContiguousGradient.apply(x_single).to(x.dtype)).float()
@@ -159,17 +157,20 @@ def _autoattack(net, name, x, y, threat, seed):
     if name != "autoattack":
         adversary.attacks_to_run = [name]
     traced = sys.gettrace()  # its checks of the model end a debugger's or coverage's tracing
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         attacked = adversary.run_standard_evaluation(x.float(), y, batch_size=len(x))[0]
     finally:
         sys.settrace(traced)
+        torch.set_default_dtype(default)
     return attacked.to(x.dtype)
 
 
 def with_gradient(model, *, x, batch_size) -> tuple[Any, "_Network"]:
     """(the model, `judged` of it), with a gradient of 0 if autograd sees none on images x."""
-    found = judged(model, batch_size=batch_size)
+    found = judged(model, batch_size=batch_size, shape=x.shape[1:])
     if not found.gradient(x[:2]).size:
         model = probes.WithoutGradient(found.net)
-        found = judged(model, batch_size=batch_size)
+        found = judged(model, batch_size=batch_size, shape=x.shape[1:])
     return model, found

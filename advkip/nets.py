@@ -4,6 +4,7 @@ Networks take images (n, C, H, W) in [0, 1] and give logits; whatever normalisat
 layer of the network, so that attacks work in pixels. Arrays outside are NHWC (see `to_tensor`).
 """
 
+import math
 import re
 from contextlib import AbstractContextManager
 from typing import Any
@@ -106,7 +107,8 @@ def at_start(net, images) -> list[tuple]:
     """
     if images is None:
         return [() for _ in members(net)]
-    parts = torch.arange(len(images)).to(device()).split(batch_size(net))
+    size = batch_size(net, images[:1].shape[1:])
+    parts = torch.arange(len(images)).to(device()).split(size)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         return [
             (torch.cat([one.initial(images[part]) for part in parts]),)
@@ -187,6 +189,11 @@ def in_pixels(model, mean, std, *, channels) -> Any:
         )
     if not (given[1] > 0).all():
         raise ValueError(f"expected std > 0, got {std!r}; pass that of the training images")
+    if max(part.max() for part in given) > 1:
+        raise ValueError(
+            f"expected mean and std of pixels in [0, 1], got {mean!r} and {std!r}; pass them "
+            "divided by 255"
+        )
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"expected a network with mean and std, got {type(model).__name__}; pass a kernel "
@@ -238,10 +245,18 @@ HEAVY = 4_000_000
 """Weights from which a pass over 100 images takes its time for reading them."""
 
 
-def batch_size(net) -> int:
-    """Images that a network is given at a time: 500, or 100 on a CPU if it is not `HEAVY`."""
+PIXELS = 32 * 32 * 3
+"""Numbers in an image up to which a network is given as many images as it can take."""
+
+
+def batch_size(net, shape=()) -> int:
+    """Images that a network is given at a time: 500, or 100 on a CPU if it is not `HEAVY`.
+
+    Of images of a larger `shape` than `PIXELS` as many fewer, since activations grow with it.
+    """
     heavy = sum(weights.numel() for weights in net.parameters()) > HEAVY
-    return 500 if heavy or device().type != "cpu" else 100
+    most = 500 if heavy or device().type != "cpu" else 100
+    return max(1, most * PIXELS // max(PIXELS, math.prod(shape)))
 
 
 def to_tensor(x, *, like=None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from advkip import nets, torch_attacks
+from advkip import answers, inputs, nets, torch_attacks
 from advkip.threat import Threat
 
 
@@ -47,24 +47,31 @@ def compare(
       batch_size: images at a time.
 
     Raises:
-      ValueError: mean or std that do not fit, or none.
+      ValueError: mean or std that do not fit, or none; images, labels or answers that are none
+        (see `inputs`, `answers`).
     """
     if mean is None or std is None:
         raise ValueError(
             f"expected mean and std, got {mean!r} and {std!r}; pass those of the training images"
         )
     x = np.asarray(x)
+    inputs.images(x)
+    y = inputs.labels(y, len(x), vectors=False)
     model = nets.in_pixels(net, mean, std, channels=x.shape[3])
-    # Its attack clips standardised images to [0, 1], as the repositories in question do.
-    images, labels = nets.to_tensor(x, like=model.mean), torch.as_tensor(np.asarray(y))
+    images, labels = nets.to_tensor(x, like=model.mean), torch.as_tensor(y)
     labels = labels.to(images.device)
+    with torch.no_grad():
+        answers.check_logits(nets.to_numpy(model(images[:batch_size])), y, machine=False)
     standardised = (images - model.mean) / model.std
-    options = {"threat": Threat("linf", epsilon), "step_size": step_size, "n_steps": n_steps}
+    threat = Threat("linf", epsilon)
 
     def right(f, points, attacked):
         found = []
         for a, b in zip(points.split(batch_size), labels.split(batch_size), strict=True):
-            a = torch_attacks.pgd(f, a, b, **options) if attacked else a
+            if attacked:
+                # It clips standardised images to [0, 1], too, as the repositories in question do.
+                for point in torch_attacks.ascent(f, a, a, b, threat, n_steps, step_size):
+                    a = point
             with torch.no_grad():
                 found.append(f(a).argmax(1) == b)
         return torch.cat(found)

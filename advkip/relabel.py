@@ -110,7 +110,7 @@ def answers(model, x, *, batch_size: int = 0) -> np.ndarray:
     `batch_size` is the number of images at a time; 0 chooses.
     """
     if isinstance(model, torch.nn.Module):
-        size = batch_size or nets.batch_size(model)
+        size = batch_size or nets.batch_size(model, x.shape[1:])
         with torch.no_grad(), nets.deterministic():
             parts = [model(nets.to_tensor(x[i : i + size])) for i in range(0, len(x), size)]
         return np.concatenate([*map(nets.to_numpy, parts)])

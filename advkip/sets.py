@@ -86,6 +86,20 @@ def load(
     return found
 
 
+def one_of(found: dict[str, TrainingSet], name: str) -> TrainingSet:
+    """The set of that name.
+
+    Raises:
+      ValueError: none, as for a path, whose set has a name of its own (see `load`).
+    """
+    if name not in found:
+        raise ValueError(
+            f"expected adversarial_training.sets among {sorted(found)}, got {name!r}; pass names "
+            "of these, not paths"
+        )
+    return found[name]
+
+
 def noisy(experiment: Experiment, splits: data.Splits) -> TrainingSet:
     """The set 'noisy' of an experiment (see `relabel.noisy`)."""
     return relabel.noisy(data.draw_original(experiment, splits), experiment)

@@ -233,13 +233,22 @@ class AdversarialTraining(Training):
     nets: Nets = ("simple-cnn",)
     """of notebook 04, on original images and on `sets`; of the first robust features, or labels"""
     sets: Strings = ("original",)
-    """a choice of diagnosis.sets"""
+    """a choice of diagnosis.sets, of a path there the name of what it holds"""
     epochs: Count = 20
     learning_rates: Rates = (2e-3,)
     pgd_steps: Count = 10
     warmup: Annotated[int, Field(ge=0)] = 0
     """epochs in which the radius grows to epsilon"""
     eval_every: Count = 1
+
+    @model_validator(mode="after")
+    def _names(self):
+        if paths := list(filter(is_path, self.sets)):
+            raise ValueError(
+                f"expected names in adversarial_training.sets, got {paths}; pass what the file "
+                "holds, as 'adv-kip', or its name without .npz"
+            )
+        return self
 
 
 class Common(Section):

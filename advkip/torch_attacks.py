@@ -25,7 +25,9 @@ def project(x, x_original, threat) -> torch.Tensor:
 
 
 def _l2(delta):
-    return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.dim() - 1))
+    # In float32 the sum over many pixels is off by more than an attack may leave its ball.
+    found = delta.flatten(1).norm(dim=1, dtype=torch.float64).to(delta.dtype)
+    return found.view(-1, *[1] * (delta.dim() - 1))
 
 
 def cross_entropy(logits, y) -> torch.Tensor:
@@ -50,6 +52,10 @@ def margin(logits, y) -> torch.Tensor:
 def dlr(logits, y) -> torch.Tensor:
     """Difference of logits ratio, shape (n,): `margin` over the gap from the largest to the third
     logit, so that no factor of the logits changes it (Croce and Hein 2020). 3 classes or more."""
+    if logits.shape[1] < 3:
+        raise ValueError(
+            f"expected logits of 3 classes for 'dlr', got {logits.shape[1]}; pass 'margin'"
+        )
     top = logits.topk(3, dim=1).values
     return margin(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(torch.finfo(logits.dtype).tiny)
 
@@ -96,6 +102,12 @@ def input_gradient(
     with torch.enable_grad():
         logits = net(x)
         losses = _loss(loss)(logits, y)
+        if not losses.requires_grad:
+            raise ValueError(
+                "expected answers with a gradient in the images, got none (no_grad, detach or "
+                "argmax inside?); pass a network with one, or attacks without, as 'square'; "
+                "`diagnose` takes it as it is"
+            )
         (gradient,) = torch.autograd.grad(losses.sum(), x)
     return losses.detach(), gradient, logits.detach()
 
@@ -124,13 +136,15 @@ def pgd(
       Attacked images, shape of x, without gradient.
 
     Raises:
-      ValueError: bad numbers, labels that do not fit, restarts without a generator.
+      ValueError: bad numbers, images or labels that do not fit, restarts without a generator.
     """
     known = "margin" if callable(loss) else loss
     check_numbers(n_steps, step_size, n_restarts, known, LOSSES)
     if n_restarts > 1 and generator is None:
         raise ValueError("expected a generator for random restarts, got None; pass a torch one")
     inputs.check_label_layout(y, len(x))
+    y = y if y.is_floating_point() else y.long()
+    _check_range(x, threat)
     best: tuple | None = None
     for _ in range(n_restarts):
         attacked = x if generator is None else random_start(x, threat, generator)
@@ -140,6 +154,15 @@ def pgd(
             return attacked
         best = _worse(net, attacked, y, loss, best)
     return best[0] if best else x
+
+
+def _check_range(x, threat):
+    far = max(float(x.max()) - threat.high, threat.low - float(x.min())) if x.numel() else 0
+    if not far <= inputs.ROUNDING:
+        raise ValueError(
+            f"expected pixels in [{threat.low}, {threat.high}], got [{float(x.min()):.4g}, "
+            f"{float(x.max()):.4g}]; pass images without standardisation and without NaN"
+        )
 
 
 def ascent(

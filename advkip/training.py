@@ -323,7 +323,7 @@ def robust_accuracies(net, x, y, recipe: Recipe, *, strong=True) -> dict:
       and of several losses), loss_right, loss_wrong, gradient_right, gradient_wrong.
     """
     strong = strong and recipe.choose_by == "worst-case"
-    parts, size = [], nets.batch_size(net)
+    parts, size = [], nets.batch_size(net, x.shape[1:])
     for a, b in zip(x.split(size), y.split(size), strict=True):
         losses, gradient, logits = torch_attacks.input_gradient(net, a, b)
         right = logits.argmax(1) == b

@@ -147,8 +147,9 @@ if sets.ROBUST_FEATURES in experiment.diagnosis.sets:
 # ## Plain training on each set
 #
 # The same networks and the same recipe throughout; a network that notebook 02 or 03 has trained is
-# taken from there. Learning rates are chosen by PGD accuracy on validation images. KIP's set takes
-# the rate of adv-KIP's, so that nothing differs but the data.
+# taken from there. Learning rates are chosen on validation images, by PGD accuracy unless
+# `networks.choose_by` says otherwise. KIP's set takes the rate of adv-KIP's, so that nothing
+# differs but the data.
 
 # %%
 order = sorted(chosen, key=lambda of_set: of_set not in ("adv-kip", "original"))
@@ -165,7 +166,7 @@ for net in experiment.diagnosed_nets():
 # %%
 for net in robust_nets:  # those on original images are there already
     for of_set in experiment.adversarial_training.sets:
-        one = chosen.get(of_set, original)
+        one = sets.one_of({"original": original} | chosen, of_set)
         searches[net, of_set, "adversarial"] = train(net, of_set, one, adversarially=True)
 
 # %% [markdown]
@@ -218,7 +219,7 @@ machines = {
 # learned to imitate the answers of this one; when nothing but these answers is looked at; when it
 # is mere noise? Any such image was never robust. Are there gradients to follow? Does accuracy
 # fall to chance when the attacker may do anything?
-# (`advkip.diagnose` states the thresholds and where they come from.)
+# (`advkip.verdict` states the thresholds and where they come from.)
 
 # %%
 x_test, y_test = data.draw_test(splits, experiment.evaluation.n_test, seed=experiment.seed)

@@ -82,6 +82,10 @@ def test_numbers_as_people_write_them():
         ({"cnns__target": "hard"}, "cnns.target: expected 'labels', 'softmax' or 'argmax'"),
         ({"cnns__target": "labels"}, "cnns: expected target 'softmax' or 'argmax' with cross-ent"),
         ({"networks__n_seeds": 0}, "networks.n_seeds: expected greater than or equal to 1"),
+        (
+            {"adversarial_training__sets": ["original", "a/mine.npz"]},
+            r"expected names in adversarial_training.sets, got \['a/mine.npz'\]",
+        ),
         ({"adversarial_training__epochs": 0}, "adversarial_training.epochs: expected greater than"),
         ({"robust_features__noise": 2.0}, "noise: expected less than or equal to 1, got 2"),
         ({"support__n_suport": 10}, "support.n_suport: expected a known .* pass 'n_support'"),

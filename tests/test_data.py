@@ -61,6 +61,16 @@ def test_label_columns_and_label_vectors(tmp_path, rng):
     for given in (column, vectors):
         loaded = data.load("mine", write(tmp_path, **given))
         np.testing.assert_array_equal(loaded.y_train, content["y_train"])
+    wide = content | {"y_train": np.eye(6)[content["y_train"]]}  # two classes without an image
+    assert data.load("mine", write(tmp_path, **wide)).n_classes == 6
+    strange = content["y_test"].copy()
+    strange[0] = 7
+    for labels in (content["y_train"], column["y_train"]):
+        with pytest.raises(ValueError, match=r"got \[7\] in y_test alone"):
+            data.load("mine", write(tmp_path, **content | {"y_train": labels, "y_test": strange}))
+    vectors["y_train"][3, 1] = np.nan
+    with pytest.raises(ValueError, match="expected finite label vectors y_train, got NaN"):
+        data.load("mine", write(tmp_path, **vectors))
 
 
 def test_splits_never_overlap_and_are_balanced(tmp_path, rng):

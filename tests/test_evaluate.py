@@ -401,6 +401,14 @@ def test_refused_models_and_numbers(net_case):
         measure((Constant([1.0, 2.0, 3.0]), x, y))
     with pytest.raises(ValueError, match="expected 4 classes or more for 'autoattack'"):
         measure((Constant([1.0, 2.0, 3.0]), x, y % 3), attack_names=["autoattack"])
+    with pytest.raises(ValueError, match=r"expected step_size for 'pgd5', got None"):
+        measure(net_case, attack_names=["pgd5"], step_size=None)
+    with pytest.raises(ValueError, match=r"expected a list of attack_names, got 'pgd5'; pass"):
+        measure(net_case, attack_names="pgd5")
+    for size in (0, 1):
+        flat = torch.nn.Sequential(net, torch.nn.Softmax(1)).eval()
+        with pytest.raises(ValueError, match="expected logits, got rows that are probabilities"):
+            measure((flat, x, y), batch_size=size)
     wide = attacks.Threat("linf", 0.1, 0.0, 2.0)
-    with pytest.raises(ValueError, match=r"expected the range \[0, 1\] for 'square'"):
+    with pytest.raises(ValueError, match=r"expected pixels in the range \[0, 1\], got a threat in"):
         measure(net_case, threat=wide, attack_names=["square"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.kernel_ridge import KernelRidge
 
-from advkip import data, kernels, krr, losses, residuals
+from advkip import attacks, data, kernels, krr, losses, residuals
 from tests import stax_networks
 
 DIAG_REG = 1e-3
@@ -201,6 +201,25 @@ def test_a_kernel_that_overflows_is_refused():
     labels = data.one_hot(d.y_train[:20], 10)
     with pytest.raises(FloatingPointError, match="expected a finite kernel"):
         krr.fit(kernels.by_name("fc3", W_std=1e12), d.x_train[:20], labels)
+
+
+def test_single_and_double_precision_side_by_side(rng):
+    """The higher of both is taken, and attacked images keep their own."""
+    x_s, y_s, x_t, *_ = problem(rng)
+    assert x_s.dtype == "float64"
+    kernel, expected = kernels.by_name("fc1"), krr.fit(kernels.by_name("fc1"), x_s, y_s).machine
+    single = x_s.astype("float32"), y_s.astype("float32")
+    for x, y in ((x_s, single[1]), (single[0], y_s)):
+        machine = krr.fit(kernel, x, y).machine
+        assert machine.alpha.dtype == machine.x_support.dtype == "float64"
+        np.testing.assert_allclose(machine(x_t), expected(x_t), atol=1e-4)
+    threat = attacks.Threat("linf", 0.1)
+    images = jnp.clip(x_t, 0, 1).astype("float32")
+    attacked = attacks.pgd(
+        expected, images, jnp.zeros(len(images), int), threat=threat, n_steps=3, step_size=0.05
+    )
+    assert attacked.dtype == "float32"
+    assert float(jnp.abs(attacked - images).max()) == pytest.approx(0.1, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "bool", "float16"])

@@ -174,3 +174,6 @@ def test_networks_of_many_weights_get_larger_batches(width, cpu):
     expected = cpu if nets.device().type == "cpu" else 500
     assert models.judged(net).batch_size == nets.batch_size(net) == expected
     assert models.judged(net, batch_size=7).batch_size == 7
+    assert models.judged(net, shape=(32, 32, 3)).batch_size == expected
+    assert models.judged(net, shape=(64, 64, 3)).batch_size == expected // 4
+    assert models.judged(net, shape=(4000, 4000, 3)).batch_size == 1

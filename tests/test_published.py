@@ -95,6 +95,24 @@ def test_bad_input(images, mean, std, message):
         )  # fmt: skip
 
 
+def test_images_labels_and_answers_that_do_not_fit(images):
+    x, y = images
+    options = {"mean": MEAN, "std": STD, "epsilon": 0.05, "step_size": 0.05, "n_steps": 1}
+    with pytest.raises(ValueError, match="expected pixels in"):
+        published.compare(Bright().eval(), 255 * x, y, **options)
+    with pytest.raises(ValueError, match="expected images of float32 or float64, got uint8"):
+        published.compare(Bright().eval(), (255 * x).astype("uint8"), y, **options)
+    with pytest.raises(ValueError, match="expected one integer label an image"):
+        published.compare(Bright().eval(), x, np.eye(2)[y], **options)
+    flat = torch.nn.Sequential(Bright(), torch.nn.Softmax(1)).eval()
+    with pytest.raises(ValueError, match="expected logits, got rows that are probabilities"):
+        published.compare(flat, x, y, **options)
+    turned = published.compare(Bright().eval(), x[::-1], y[::-1].astype("int32"), **options)
+    assert turned == published.compare(Bright().eval(), x, y, **options)
+    with pytest.raises(ValueError, match="expected mean and std of pixels in .0, 1., got 125 and"):
+        published.compare(Bright().eval(), x, y, **options | {"mean": 125, "std": 63})
+
+
 def test_no_kernel_machine_and_no_standardisation(images, rng):
     x, y = images
     machine = krr.fit(kernels.by_name("fc1"), jnp.asarray(x[::10]), jnp.eye(2)[y[::10]]).machine

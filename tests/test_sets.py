@@ -196,3 +196,11 @@ def test_a_sample_of_a_set_is_a_set(digits, splits, tmp_path):
              x_test=digits.x_test, y_test=digits.y_test)  # fmt: skip
     with pytest.raises(ValueError, match="expected a file of distill.save, got"):
         sets.sample(tmp_path / "plain.npz", tmp_path / "s.npz", per_class=3)
+
+
+def test_a_set_is_found_by_its_name_alone():
+    found = {"mine": "set", "original": "images"}
+    assert sets.one_of(found, "mine") == "set"
+    for name in ("mine.npz", "kip"):
+        with pytest.raises(ValueError, match=r"adversarial_training.sets among \['mine', 'orig"):
+            sets.one_of(found, name)

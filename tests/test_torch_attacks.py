@@ -37,6 +37,33 @@ def linear_case(dtype=torch.float32):
     return net, w, x, torch.zeros(6, dtype=torch.long)
 
 
+def test_an_l2_ball_of_many_pixels_is_kept():
+    """A sum of 150,528 squares in float32 would be off by more than `evaluate.TOLERANCE`."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.4 + 0.2 * torch.rand(2, 3, 224, 224, generator=generator)
+    w = torch.randn(3 * 224 * 224, generator=generator)
+
+    def net(x):
+        score = x.flatten(1) @ w
+        return torch.stack([torch.zeros_like(score), score], 1)
+
+    y, threat = torch.zeros(2, dtype=torch.int32), attacks.Threat("l2", 3.0)
+    moved = torch_attacks.fgsm(net, x, y, threat=threat, loss="margin") - x
+    assert (moved.double().flatten(1).norm(dim=1) - 3).abs().max() < 3e-6
+
+
+def test_images_and_classes_that_do_not_fit():
+    net, _, x, y = linear_case()
+    run = {"threat": LINF, "n_steps": 1, "step_size": 0.1}
+    for bad in (3 * x, x - 1, x.where(x > 0.5, torch.nan)):
+        with pytest.raises(ValueError, match=r"expected pixels in \[0.0, 1.0\], got \["):
+            torch_attacks.pgd(net, bad, y, **run)
+    with pytest.raises(ValueError, match="expected logits of 3 classes for 'dlr', got 2"):
+        torch_attacks.pgd(net, x, y, loss="dlr", **run)
+    with pytest.raises(ValueError, match="expected answers with a gradient in the images"):
+        torch_attacks.pgd(lambda x: net(x).detach(), x, y, **run)
+
+
 def test_linear_model_reaches_the_closed_form():
     """Away from the pixel range's border the optimum is epsilon sign(w), or epsilon w / |w|."""
     net, w, x, y = linear_case()
