@@ -103,7 +103,7 @@ def rays(net, x, y, threat, *, seed, towards=()) -> torch.Tensor:
     signs = torch.randn(x.shape, generator=generator).to(x).sign()
     starts = [torch.ones_like(x), -torch.ones_like(x), signs]
     starts += [torch.where(moved > x, 1.0, -1.0).to(x) for moved in towards]
-    best, radius = starts[0], torch.full((len(x),), float("inf"), device=x.device)
+    best, radius = starts[0], torch.full((len(x),), float("inf")).to(x)
     for direction in starts:
         best, radius = _nearer(net, x, y, threat, best, radius, direction, farthest)
     level, block = 1, 0

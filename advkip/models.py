@@ -38,7 +38,7 @@ class _Network:
         self.model = f"{type(net).__qualname__} {net!r}"
         self.like = self.net.own()
         if self.like is not None and self.like.dtype in nets.HALF:
-            self.like = torch.empty(0, device=self.like.device)
+            self.like = torch.empty(0, dtype=torch.float32, device=self.like.device)
 
     def weights(self):
         """What the model is, as arrays."""

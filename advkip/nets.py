@@ -264,7 +264,7 @@ def to_tensor(x, *, like=None) -> torch.Tensor:
 
     Device and dtype are those of the tensor `like`; without one, `device()` and float32.
     """
-    like = torch.empty(0, device=device()) if like is None else like
+    like = torch.empty(0, dtype=torch.float32, device=device()) if like is None else like
     x = torch.as_tensor(np.ascontiguousarray(x, "float32")).movedim(3, 1)
     return x.to(like.device, like.dtype).contiguous()
 

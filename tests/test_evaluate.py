@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import attacks, data, distill, evaluate, kernels, krr, nets, torch_attacks, training
+from advkip import (
+    attacks,
+    data,
+    distill,
+    evaluate,
+    hard_label,
+    kernels,
+    krr,
+    nets,
+    torch_attacks,
+    training,
+)
 from tests.sections import experiment
 
 THREAT = attacks.Threat("linf", 0.15)
@@ -371,6 +382,21 @@ class Constant(torch.nn.Module):
 
     def forward(self, x):
         return self.row.expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def test_pytorchs_default_dtype_changes_nothing(net_case):
+    net, x, y = net_case
+    few = net, x[:6], y[:6]
+    names = ["pgd3", "apgd-ce", "square"]
+    expected = [one.right.tolist() for one in measure(few, attack_names=names)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert [one.right.tolist() for one in measure(few, attack_names=names)] == expected
+        assert torch.get_default_dtype() == torch.float64
+        copy = hard_label.imitate(net, nets.to_tensor(x[:6]), THREAT, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weights.dtype for weights in copy.parameters()} == {torch.float32}
 
 
 def test_refused_models_and_numbers(net_case):
