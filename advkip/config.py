@@ -271,17 +271,21 @@ MACHINE = ("seed", "dataset", "kernel", "support", "threat")
 
 _NETS = (
     *MACHINE, "adv_kip", "kip", "unrolled", "threat_l2", "networks", "relabelling", "evaluation",
-    "fully_connected", "cnns",  # a scout may be of either
 )  # fmt: skip
 SECTIONS = {
     "00_walkthrough": (),
     "01_kernels": (*MACHINE, "adv_kip", "kip"),
-    "02_transfer": (*_NETS, "adversarial_training"),
-    "03_cnns": (*_NETS, "adversarial_training"),
-    "04_shortcomings": (*_NETS, "adversarial_training", "robust_features", "diagnosis"),
-    "05_remedies": (*_NETS, "diagnosis", "remedies"),
-}
+    "02_transfer": (*_NETS, "fully_connected", "adversarial_training"),
+    "03_cnns": (*_NETS, "cnns", "adversarial_training"),
+    "04_shortcomings": (
+        *_NETS, "fully_connected", "cnns", "adversarial_training", "robust_features", "diagnosis",
+    ),
+    "05_remedies": (*_NETS, "fully_connected", "cnns", "diagnosis", "remedies"),
+}  # fmt: skip
 """Notebook: the sections that its results depend on. Another notebook depends on all."""
+
+OF_SCOUTS = ("fully_connected", "cnns")
+"""Sections that a result also depends on with `relabelling.rounds`: its scout may be of either."""
 
 
 def sections(*notebooks: str) -> list[str]:

@@ -124,15 +124,16 @@ def evaluate(
         )
     x = np.asarray(x)
     inputs.images(x)
-    if (threat.low, threat.high) != (0, 1):
-        raise ValueError(
-            f"expected pixels in the range [0, 1], got a threat in [{threat.low}, {threat.high}]; "
-            "pass a Threat with low 0 and high 1, and mean and std of standardised images"
-        )
     y = inputs.labels(y, len(x), vectors=False)
     plans = [(Attack("clean", "clean"), threat, None)]
     for attack in map(Attack.parse, dict.fromkeys(attack_names)):
         plans.append(_plan(attack, x, threat, step_size, threat_l2, step_size_l2))
+    for _, ball, _ in plans:
+        if (ball.low, ball.high) != (0, 1):
+            raise ValueError(
+                f"expected pixels in the range [0, 1], got a threat in [{ball.low}, {ball.high}]; "
+                "pass a Threat with low 0 and high 1, and mean and std of standardised images"
+            )
     model = nets.in_pixels(model, mean, std, channels=x.shape[3])
     net = judged(model, seed=seed, batch_size=batch_size, shape=x.shape[1:])
     size = net.batch_size

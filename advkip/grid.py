@@ -40,7 +40,8 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
         )  # fmt: skip
     axes = list(itertools.starmap(_axis, grid.items()))
     own = {path for axis in axes for _, settings in axis for path, _ in by_path(settings)}
-    if taken := sorted(own & {one.partition("=")[0].strip() for one in overrides}):
+    asked = [one.partition("=")[0].strip() for one in overrides]
+    if taken := [key for key in asked if any(_overlap(key, path) for path in own)]:
         raise ValueError(
             f"{path}: expected --set of other settings than those of the grid, got {taken}; pass "
             "their values to the grid, as --set grid.seed=[7], or change them in the file"
@@ -54,7 +55,7 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
                 f"{path}: expected each setting in one direction of the grid, and no name, got "
                 f"{sorted(twice)} in {name}; pass it in one"
             )
-        given = {key: value for _, settings in point for key, value in settings.items()}
+        given = {key: value for _, settings in point for key, value in by_path(settings)}
         found.append(Experiment.from_file(path, overrides, given={"name": name, **given}))
     if twice := [name for name, n in Counter(one.name for one in found).items() if n > 1]:
         raise ValueError(
@@ -62,6 +63,11 @@ def experiments(path: str | Path, overrides: Iterable[str] = ()) -> list[Experim
             "other names, or a value once"
         )
     return found
+
+
+def _overlap(one, other):
+    """Whether two settings are the same, or one the section of the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 def _is_axis(values):

@@ -157,6 +157,10 @@ class Unrolled(Distillation):
         return self
 
     @property
+    def may_differ(self) -> tuple[str, ...]:
+        return (*super().may_differ, *self.at_default("start_from"))
+
+    @property
     def pool(self) -> list[str]:
         """The names of the networks that take turns; the first is the one that is validated."""
         return several(self.net)

@@ -1,5 +1,6 @@
 """What an experiment's data must be before anything runs, and which data they are."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,9 +20,9 @@ def check(experiment: Experiment, to_come: Iterable[Path] = ()) -> None:
     experiments will have filled by then.
     """
     e, folders = experiment, set(to_come)
-    paths = [name for name in _paths(e) if Path(name).parent not in folders]
+    paths = [name for name in _paths(e) if not _comes(name, folders)]
     grown_from = e.support.grown_from
-    if grown_from and Path(grown_from).parent not in folders:
+    if grown_from and _distils(e) and not _comes(grown_from, folders):
         growth.fingerprint(grown_from)
         for method in e.methods if "01_kernels" in e.notebooks else ():
             growth.read_same("support.grown_from", grown_from, e, method)
@@ -66,11 +67,29 @@ def check(experiment: Experiment, to_come: Iterable[Path] = ()) -> None:
             )
 
 
-def _paths(experiment):
-    """The paths among the sets of an experiment's notebooks, and of a teacher of theirs."""
+def _comes(path, folders):
+    """Whether a path is that of a set as runs in those folders leave it."""
+    own = r"((adv-kip|kip|unrolled)(-\d+)?|relabelled|robust-features)\.npz"
+    return Path(path).parent in folders and bool(re.fullmatch(own, Path(path).name))
+
+
+def _distils(experiment):
+    """Whether a notebook of an experiment makes a set that begins with `support.grown_from`."""
+    asked, teacher = set(_asked(experiment)), experiment.relabelling.teacher
+    made = {"adv-kip", "kip", "unrolled", *(() if teacher else ("relabelled",))}
+    return bool({"01_kernels", "05_remedies"} & set(experiment.notebooks) or made & asked)
+
+
+def _asked(experiment):
+    """The sets of an experiment's notebooks."""
     asked = dict.fromkeys(("02_transfer", "03_cnns"), experiment.networks.sets)
     asked["04_shortcomings"] = experiment.diagnosis.sets
-    names = [name for one in experiment.notebooks for name in asked.get(one, ())]
+    return [name for one in experiment.notebooks for name in asked.get(one, ())]
+
+
+def _paths(experiment):
+    """The paths among the sets of an experiment's notebooks, and of a teacher of theirs."""
+    names = _asked(experiment)
     paths = [name for name in names if is_path(name)]
     teacher = experiment.relabelling.teacher
     if "relabelled" in names and teacher and teacher != ADVERSARIAL:

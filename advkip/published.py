@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from advkip import answers, inputs, nets, torch_attacks
+from advkip.attacks import check_numbers
 from advkip.threat import Threat
 
 
@@ -47,13 +48,14 @@ def compare(
       batch_size: images at a time.
 
     Raises:
-      ValueError: mean or std that do not fit, or none; images, labels or answers that are none
-        (see `inputs`, `answers`).
+      ValueError: mean or std that do not fit, or none; bad numbers; images, labels or answers that
+        are none (see `inputs`, `answers`).
     """
     if mean is None or std is None:
         raise ValueError(
             f"expected mean and std, got {mean!r} and {std!r}; pass those of the training images"
         )
+    check_numbers(n_steps, step_size, 1, "cross-entropy", torch_attacks.LOSSES)
     x = np.asarray(x)
     inputs.images(x)
     y = inputs.labels(y, len(x), vectors=False)
@@ -61,7 +63,7 @@ def compare(
     images, labels = nets.to_tensor(x, like=model.mean), torch.as_tensor(y)
     labels = labels.to(images.device)
     with torch.no_grad():
-        answers.check_logits(nets.to_numpy(model(images[:batch_size])), y, machine=False)
+        answers.check_logits(nets.to_numpy(model(images[: max(batch_size, 100)])), y, machine=False)
     standardised = (images - model.mean) / model.std
     threat = Threat("linf", epsilon)
 

@@ -30,8 +30,11 @@ def main(arguments=None) -> int:
             file=sys.stderr,
         )
         return 2
+    side_by_side = options.workers or options.scheduler
     try:
-        experiments = check_files(options.files, options.set, options.reports)
+        experiments = check_files(
+            options.files, options.set, None if side_by_side else options.reports
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -122,8 +125,8 @@ def _parser():
     return parser
 
 
-def check_files(paths, overrides=(), reports="reports") -> list[Experiment]:
-    """Experiments of params files, which may take sets that those before them leave in `reports`.
+def check_files(paths, overrides=(), reports=None) -> list[Experiment]:
+    """Experiments of params files; with `reports` they may take sets that those before leave there.
 
     Raises:
       ValueError, OSError: the first file that is wrong, its key, and what to pass; two files
@@ -145,7 +148,8 @@ def check_files(paths, overrides=(), reports="reports") -> list[Experiment]:
                         "folder"
                     )
             try:
-                preflight.check(experiment, [Path(reports) / name for name in names])
+                before = [Path(reports) / name for name in names] if reports else []
+                preflight.check(experiment, before)
             except (ValueError, OSError) as error:
                 raise type(error)(f"{file}: {error}") from None
             names[experiment.name] = file

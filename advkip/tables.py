@@ -15,7 +15,7 @@ import yaml
 
 from advkip import records
 from advkip.attack_names import ATTACKED, Attack
-from advkip.config import FREE, Experiment, by_path, sections
+from advkip.config import FREE, OF_SCOUTS, Experiment, by_path, sections
 
 _ADVERSARIALLY = ", adversarial training"
 ADVERSARIAL = "original" + _ADVERSARIALLY
@@ -131,6 +131,8 @@ def that_matter(record) -> dict:
     """
     free, default = {*FREE, "seed"}, dict(by_path(Experiment().to_dict()))
     own = sections(*{row["notebook"] for row in record["rows"]})
+    if record["experiment"].get("relabelling", {}).get("rounds"):
+        own = [*own, *OF_SCOUTS]
     return {
         path: value
         for path, value in by_path(record["experiment"])

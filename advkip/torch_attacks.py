@@ -102,13 +102,14 @@ def input_gradient(
     with torch.enable_grad():
         logits = net(x)
         losses = _loss(loss)(logits, y)
-        if not losses.requires_grad:
+        seen = losses.requires_grad
+        gradient = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if seen else None
+        if gradient is None:
             raise ValueError(
                 "expected answers with a gradient in the images, got none (no_grad, detach or "
                 "argmax inside?); pass a network with one, or attacks without, as 'square'; "
                 "`diagnose` takes it as it is"
             )
-        (gradient,) = torch.autograd.grad(losses.sum(), x)
     return losses.detach(), gradient, logits.detach()
 
 

@@ -188,6 +188,8 @@ def test_a_scout_of_either_kind_matters_to_relabelled_sets():
         e = experiment(notebooks=[notebook], relabelling__scout=scout, **asked)
         other = changed(e, **{f"{section}__epochs": 7})
         assert not records.same_results(other, e.to_dict(), notebook)
+        plain = [changed(one, relabelling__rounds=0) for one in (e, other)]
+        assert records.same_results(plain[0], plain[1].to_dict(), notebook)
         assert records.same_results(e, e.to_dict(), notebook)
 
 

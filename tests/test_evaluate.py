@@ -438,3 +438,6 @@ def test_refused_models_and_numbers(net_case):
     wide = attacks.Threat("linf", 0.1, 0.0, 2.0)
     with pytest.raises(ValueError, match=r"expected pixels in the range \[0, 1\], got a threat in"):
         measure(net_case, threat=wide, attack_names=["square"])
+    wide = attacks.Threat("l2", 0.1, 0.0, 2.0)
+    with pytest.raises(ValueError, match=r"expected pixels in the range \[0, 1\], got a threat in"):
+        measure(net_case, threat_l2=wide, attack_names=["fgsm-l2"])

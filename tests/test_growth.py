@@ -150,6 +150,11 @@ def test_a_file_that_is_not_there_is_missed_before_anything_runs(made, tmp_path)
     with pytest.raises(ValueError, match=r"grown_from: expected a distilled set, got no file"):
         preflight.check(lost)
     preflight.check(lost, [tmp_path / "x"])
+    misspelt = changed(lost, support__grown_from=str(tmp_path / "x" / "adv-kp.npz"))
+    with pytest.raises(ValueError, match=r"grown_from: expected a distilled set, got no file"):
+        preflight.check(misspelt, [tmp_path / "x"])
+    of_a_file = {"notebooks": ["04_shortcomings"], "diagnosis__sets": [str(made[0])]}
+    preflight.check(changed(lost, **of_a_file))  # which distils nothing
 
 
 def test_a_record_says_what_the_support_grew_from(made):

@@ -106,7 +106,9 @@ def test_images_labels_and_answers_that_do_not_fit(images):
         published.compare(Bright().eval(), x, np.eye(2)[y], **options)
     flat = torch.nn.Sequential(Bright(), torch.nn.Softmax(1)).eval()
     with pytest.raises(ValueError, match="expected logits, got rows that are probabilities"):
-        published.compare(flat, x, y, **options)
+        published.compare(flat, x, y, batch_size=1, **options)
+    with pytest.raises(ValueError, match="expected n_steps >= 0, step_size >= 0"):
+        published.compare(Bright().eval(), x, y, **options | {"step_size": -1})
     turned = published.compare(Bright().eval(), x[::-1], y[::-1].astype("int32"), **options)
     assert turned == published.compare(Bright().eval(), x, y, **options)
     with pytest.raises(ValueError, match="expected mean and std of pixels in .0, 1., got 125 and"):

@@ -191,7 +191,7 @@ def test_the_end_shows_the_table_and_where_to_look(project, capfd):
     Path("reports/x/results.json").write_text(json.dumps(record))
     assert run.main([path]) == 0
     out = capfd.readouterr().out
-    assert "| ours | kernel:fc3 | 100 | kip | 8 | 87.50 |" in out
+    assert "| ours, 0.2 | kernel:fc3 | 100 | kip | 8 | 87.50 |" in out
     assert "reports/x/" in out.splitlines()[-1]
 
 

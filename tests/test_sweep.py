@@ -114,9 +114,14 @@ def test_a_grid_unfolds_into_named_experiments(tmp_path):
         ValueError, match=r"than those of the grid, got \['seed'\]; pass.*grid.seed="
     ):
         grid.experiments(path, ["seed =7"])
-    with pytest.raises(ValueError, match=r"got \['adv_kip.outer_loss', 'support.clip'\]"):
-        grid.experiments(path, ["support.clip=false", "adv_kip.outer_loss=mse"])
+    with pytest.raises(ValueError, match=r"got \['support.clip', 'adv_kip'\]"):
+        grid.experiments(path, ["support.clip=false", "adv_kip={outer_loss: mse}"])
     assert len(grid.experiments(path, ["grid.seed=[7]"])) == 2
+    path.write_text(
+        "grid: {x: {a: {adv_kip: {inner_loss: margin}}}, y: {b: {adv_kip: {outer_loss: hinge}}}}"
+    )
+    (both,) = grid.experiments(path)
+    assert (both.adv_kip.inner_loss, both.adv_kip.outer_loss) == ("margin", "hinge")
     path.write_text("seed: 3")
     assert [one.seed for one in grid.experiments(path)] == [3]
 

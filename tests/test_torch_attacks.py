@@ -62,6 +62,9 @@ def test_images_and_classes_that_do_not_fit():
         torch_attacks.pgd(net, x, y, loss="dlr", **run)
     with pytest.raises(ValueError, match="expected answers with a gradient in the images"):
         torch_attacks.pgd(lambda x: net(x).detach(), x, y, **run)
+    layer = torch.nn.Linear(12, 2)
+    with pytest.raises(ValueError, match="expected answers with a gradient in the images"):
+        torch_attacks.pgd(lambda x: layer(x.detach().flatten(1)), x, y, **run)
 
 
 def test_linear_model_reaches_the_closed_form():
