@@ -81,7 +81,7 @@ IMPORTS = {
     "lazy": set(),
     "architectures": set(),
     "nets": {"architectures", "data", "inputs", "lazy", "settings"},
-    "published": {"nets", "threat", "torch_attacks"},
+    "published": {"answers", "attacks", "inputs", "nets", "threat", "torch_attacks"},
     "recipe": {"attacks", "config", "inputs", "nets", "settings"},
     "training": {
         "data",
