@@ -2,6 +2,9 @@
 
 import numpy as np
 
+ASKED = 100
+"""Images at least that a model is asked for its answers to."""
+
 
 def check_logits(logits, y, *, machine) -> None:
     """Refuses what are no logits (n, C) for labels y; of a kernel `machine` any numbers may come.

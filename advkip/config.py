@@ -284,14 +284,12 @@ SECTIONS = {
 }  # fmt: skip
 """Notebook: the sections that its results depend on. Another notebook depends on all."""
 
-OF_SCOUTS = ("fully_connected", "cnns")
-"""Sections that a result also depends on with `relabelling.rounds`: its scout may be of either."""
 
-
-def sections(*notebooks: str) -> list[str]:
-    """The sections that the results of any of these notebooks depend on."""
+def sections(*notebooks: str, scouts: object = False) -> list[str]:
+    """The sections that results of these notebooks depend on; `scouts` adds both of networks."""
     every = tuple(Experiment.model_fields)
     asked = {section for one in notebooks for section in SECTIONS.get(one, every)}
+    asked.update(("fully_connected", "cnns") if scouts else ())
     return [section for section in every if section in asked]
 
 

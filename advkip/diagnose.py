@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from advkip import evaluate, nets, probes
+from advkip import evaluate, inputs, nets, probes
 from advkip.attack_names import ATTACK_PARTS
 from advkip.progress import tqdm
 from advkip.questions import Case
@@ -57,11 +57,7 @@ def diagnose(
             f"expected epsilon > 0 and n_steps > 0, got {threat.epsilon}, {n_steps}; pass the "
             "threat and the steps of the figure in question"
         )
-    if (threat.low, threat.high) != (0, 1):
-        raise ValueError(
-            f"expected pixels in the range [0, 1], got a threat in [{threat.low}, {threat.high}]; "
-            "pass a Threat with low 0 and high 1, and images that fit"
-        )
+    inputs.check_range(threat)
     model = nets.in_pixels(model, mean, std, channels=np.shape(x)[-1])
     with nets.deterministic():
         with probes.seeded(nets.derived_seed(seed, "diagnosis")):

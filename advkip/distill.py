@@ -73,9 +73,8 @@ def distill(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
-    run = (unrolled.Run if method == "unrolled" else algorithm.Run)(
-        experiment, splits, kernel, method
-    )
+    make = unrolled.Run if method == "unrolled" else algorithm.Run
+    run = make(experiment, splits, kernel, method)
     if method == "unrolled" and run.settings.start_from == "adv-kip":
         before = distill(
             experiment, splits, kernel=kernel, checkpoint_dir=checkpoint_dir, progress=progress

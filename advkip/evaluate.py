@@ -32,9 +32,6 @@ from advkip.config import Experiment
 from advkip.models import judged
 from advkip.progress import tqdm
 
-ASKED = 100
-"""Images at least that are asked whether a model answers with logits, of each image alone."""
-
 TOLERANCE = 1e-5
 """How far an attacked image may leave the ball: rounding of float32 pixels and their norms."""
 
@@ -129,15 +126,11 @@ def evaluate(
     for attack in map(Attack.parse, dict.fromkeys(attack_names)):
         plans.append(_plan(attack, x, threat, step_size, threat_l2, step_size_l2))
     for _, ball, _ in plans:
-        if (ball.low, ball.high) != (0, 1):
-            raise ValueError(
-                f"expected pixels in the range [0, 1], got a threat in [{ball.low}, {ball.high}]; "
-                "pass a Threat with low 0 and high 1, and mean and std of standardised images"
-            )
+        inputs.check_range(ball)
     model = nets.in_pixels(model, mean, std, channels=x.shape[3])
     net = judged(model, seed=seed, batch_size=batch_size, shape=x.shape[1:])
     size = net.batch_size
-    some = x[: max(size, ASKED)]
+    some = x[: max(size, answers.ASKED)]
     first = net.logits(some)
     answers.check_logits(first, y, machine=isinstance(model, krr.KernelMachine))
     answers.check_order_of_images(net, some, first)

@@ -27,11 +27,25 @@ def images(x, *, low=0.0, high=1.0, name="images") -> None:
     check_floats(x, name)
     if not len(x):
         raise ValueError(f"expected {name}, got none (shape {tuple(x.shape)}); pass one or more")
+    check_pixels(x, low, high, name)
+
+
+def check_pixels(x, low, high, name="images") -> None:
+    """Raises ValueError unless the pixels of one image or more are in [low, high]."""
     smallest, largest = float(x.min()), float(x.max())
     if not (smallest >= low - ROUNDING and largest <= high + ROUNDING):
         raise ValueError(
             f"expected pixels in [{low}, {high}], got [{smallest:.4g}, {largest:.4g}] in {name}; "
             "pass images divided by 255, without standardisation and without NaN"
+        )
+
+
+def check_range(threat) -> None:
+    """Raises ValueError unless a `Threat` keeps to the pixel range [0, 1]."""
+    if (threat.low, threat.high) != (0, 1):
+        raise ValueError(
+            f"expected pixels in the range [0, 1], got a threat in [{threat.low}, {threat.high}]; "
+            "pass a Threat with low 0 and high 1, and images that fit"
         )
 
 

@@ -194,9 +194,7 @@ class AttackPanel(Panel):
     ):  # fmt: skip
         super().__init__()
         w, self.machines, self.x, self.y, self.norm = self.widgets, machines, x, y, norm
-        machine = next(iter(machines.values()))
-        unmoved = attack(machine, x[0], int(y[0]), name="fgsm", threat=attacks.Threat(norm, 0.0))
-        classes = len(unmoved.before)
+        classes = models.judged(next(iter(machines.values()))).logits(x[:1]).shape[1]
         largest = largest or (min(1.0, 4 * radius) if norm == "linf" else 4 * radius)
         self.names = pictures.class_names(dataset, np.arange(classes))
         self.drawing = _Drawing(classes)

@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from advkip import files, preflight
-from advkip.config import OF_SCOUTS, Experiment, sections
+from advkip.config import Experiment, sections
 
 PACKAGES = (
     "jax", "jaxlib", "neural-tangents", "optax", "numpy", "scipy", "torch", "torchvision",
@@ -191,7 +191,7 @@ def same_results(experiment: Experiment, settings: dict, notebook: str) -> bool:
     Raises:
       ValueError: settings that are not (or no longer) valid.
     """
-    parts = {*sections(notebook), *(OF_SCOUTS if experiment.relabelling.rounds else ())}
+    parts = sections(notebook, scouts=experiment.relabelling.rounds)
     return Experiment.from_params(settings).of(*parts) == experiment.of(*parts)
 
 

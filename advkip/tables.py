@@ -15,7 +15,7 @@ import yaml
 
 from advkip import records
 from advkip.attack_names import ATTACKED, Attack
-from advkip.config import FREE, OF_SCOUTS, Experiment, by_path, sections
+from advkip.config import FREE, Experiment, by_path, sections
 
 _ADVERSARIALLY = ", adversarial training"
 ADVERSARIAL = "original" + _ADVERSARIALLY
@@ -130,9 +130,8 @@ def that_matter(record) -> dict:
     so are sections that none of its notebooks depends on, whose defaults may have changed since.
     """
     free, default = {*FREE, "seed"}, dict(by_path(Experiment().to_dict()))
-    own = sections(*{row["notebook"] for row in record["rows"]})
-    if record["experiment"].get("relabelling", {}).get("rounds"):
-        own = [*own, *OF_SCOUTS]
+    scouts = record["experiment"].get("relabelling", {}).get("rounds")
+    own = sections(*{row["notebook"] for row in record["rows"]}, scouts=scouts)
     return {
         path: value
         for path, value in by_path(record["experiment"])

@@ -190,7 +190,16 @@ IMPORTS = {
         "torch_attacks",
         "verdict",
     },
-    "diagnose": {"attack_names", "evaluate", "nets", "probes", "progress", "questions", "verdict"},
+    "diagnose": {
+        "attack_names",
+        "evaluate",
+        "inputs",
+        "nets",
+        "probes",
+        "progress",
+        "questions",
+        "verdict",
+    },
     "figures": set(),
     "pictures": {"figures"},
     "preflight": {

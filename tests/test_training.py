@@ -225,7 +225,7 @@ def test_patience_begins_with_the_first_line_of_the_history(digits):
     result = run(digits, epochs=60, eval_every=10, patience=5, learning_rate=1e-7)
     assert result.stopped == "patience"
     assert result.history[0]["epoch"] == result.epoch == 10
-    assert len(result.history) == 1 + (result.history[-1]["epoch"] > 10)
+    assert len(result.history) == 1
 
 
 def test_same_seed_same_weights(digits):
