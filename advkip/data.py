@@ -23,9 +23,9 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 CACHE = Path("~/.cache/advkip")
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 STREAMS = {
-    "validation": 1, "support": 2, "test": 3, "target": 4, "weights": 5,
-    "order": 6, "noise": 7, "original": 8, "watched": 9, "dropout": 10, "robust": 11,
-    "diagnosis": 12, "inner": 13, "copies": 14, "relabelled": 15, "scout": 16, "unrolled": 17,
+    "validation": 1, "support": 2, "test": 3, "target": 4, "weights": 5, "order": 6, "noise": 7,
+    "original": 8, "watched": 9, "dropout": 10, "robust": 11, "diagnosis": 12, "inner": 13,
+    "copies": 14, "relabelled": 15, "scout": 16, "unrolled": 17, "trajectories": 18,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import advkip
-from advkip import algorithm, data, files, growth, kernels, unrolled
+from advkip import algorithm, data, files, growth, kernels, trajectories, unrolled
 from advkip.config import Experiment
 from advkip.progress import tqdm
 from advkip.settings import Method
@@ -73,8 +73,7 @@ def distill(
             "expected JAX in double precision for dtype 'float64', got single; "
             "call kernels.set_precision('float64') at the start of the program"
         )
-    make = unrolled.Run if method == "unrolled" else algorithm.Run
-    run = make(experiment, splits, kernel, method)
+    run = _run(experiment, splits, kernel, method, checkpoint_dir, progress)
     if method == "unrolled" and run.settings.start_from == "adv-kip":
         before = distill(
             experiment, splits, kernel=kernel, checkpoint_dir=checkpoint_dir, progress=progress
@@ -125,6 +124,16 @@ def distill(
     if path and advanced:
         run.save(path, state)
     return _result(state, initial, reason, run.about)
+
+
+def _run(experiment, splits, kernel, method, folder, progress) -> algorithm.Run:
+    """The run of a method."""
+    settings, parts = experiment.distillation(method), (experiment, splits, kernel, method)
+    if method != "unrolled":
+        return algorithm.Run(*parts)
+    if settings and settings.n_experts:
+        return trajectories.Run(*parts, folder=folder, progress=progress)
+    return unrolled.Run(*parts)
 
 
 def initial_support(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:

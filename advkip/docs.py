@@ -29,8 +29,8 @@ LAYERS = {
     "losses threat ascent attacks worst_case compat",
     "PyTorch": "torch_attacks probes hard_label bridge lazy architectures nets recipe training "
     "search",
-    "sets": "data optimizers objective growth algorithm unrolled distill features relabel "
-    "aggregate sets",
+    "sets": "data optimizers objective growth algorithm unrolled trajectories distill features "
+    "relabel aggregate sets",
     "judgement": "models answers evaluate published verdict questions diagnose",
     "paper": "figures pictures preflight records tables ablation texts report panel signals "
     "execute sweep run docs",

@@ -29,6 +29,7 @@ MADE = (
     "results.json", "distillation-*.npz", "kept-*.npz", "network-*.npz", "attacks-*.npz",
     "inverted-*.npz", "adv-kip.npz", "kip.npz", "unrolled.npz", "adv-kip-*.npz", "kip-*.npz",
     "unrolled-*.npz", "relabelled.npz", "robust-features.npz", "scout-*.npz", "attacked-*.npz",
+    "expert-*.npz",
 )  # fmt: skip
 """What an experiment's later notebooks read of what its earlier ones left in the folder."""
 

@@ -108,9 +108,10 @@ def several(net: str | list[str]) -> list[str]:
     return [net] if isinstance(net, str) else net
 
 
-def made_by(net: str | list[str], start_from: str = "original") -> str:
+def made_by(net: str | list[str], start_from: str = "original", n_experts: int = 0) -> str:
     """What tables say of a set that was optimised through the training of networks."""
-    return ", ".join(several(net)) + f" from {start_from}" * (start_from != "original")
+    start = f" from {start_from}" * (start_from != "original")
+    return ", ".join(several(net)) + start + ", adversarial trajectories" * bool(n_experts)
 
 
 class Unrolled(Distillation):
@@ -126,7 +127,16 @@ class Unrolled(Distillation):
     start_from: Literal["original", "adv-kip"] = "original"
     """images as drawn, or the set that the kernel's Algorithm 1 makes of them (kept beside it)"""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """outer steps in which the radius grows, from a quarter of it"""
+    """outer steps (epochs of experts) in which the radius grows, from a quarter of it"""
+    n_experts: Annotated[int, Field(ge=0)] = 0
+    """adversarially trained networks whose way is followed (see `trajectories`; the attack is then
+    theirs, and no outer loss has a part); 0: the attacked loss of the trained network"""
+    expert_epochs: Count = 100
+    expert_learning_rate: Positive = 0.1
+    expert_smoothing: Annotated[NotNegative, Field(lt=1)] = 0.99
+    """of their weights, in each step"""
+    expert_ahead: Count = 20
+    """epochs of theirs that net_steps are to follow"""
     n_steps: Count = 100
     learning_rate: Positive = 2e-3
     label_learning_rate: Positive = 2e-3
@@ -156,9 +166,27 @@ class Unrolled(Distillation):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ahead_within(self):
+        if self.expert_ahead > self.expert_epochs:
+            raise ValueError(
+                f"expected unrolled.expert_ahead of at most the {self.expert_epochs} of "
+                f"unrolled.expert_epochs, got {self.expert_ahead}; pass fewer, or more epochs"
+            )
+        return self
+
     @property
     def may_differ(self) -> tuple[str, ...]:
-        return (*super().may_differ, *self.at_default("start_from"))
+        experts = [name for name in type(self).model_fields if name.startswith("expert_")]
+        return (
+            *super().may_differ, *self.at_default("start_from", "n_experts"),
+            *(() if self.n_experts else experts),
+        )  # fmt: skip
+
+    @property
+    def teacher(self) -> str:
+        """What tables say of its sets."""
+        return made_by(self.net, self.start_from, self.n_experts)
 
     @property
     def pool(self) -> list[str]:

@@ -197,8 +197,7 @@ def _distilled(method: Method, experiment, splits, dataset, folder):
         distill.save(path, result, experiment, dataset)
     x, y = (a.astype("float32") for a in (result.x_support, result.y_support))
     if method == UNROLLED:
-        its = experiment.unrolled
-        return TrainingSet(x, y, teacher=made_by(its.net, its.start_from))
+        return TrainingSet(x, y, teacher=experiment.unrolled.teacher)
     return TrainingSet(x, y, experiment.kernel)
 
 
@@ -254,7 +253,7 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     name = path.stem if of_step or not method else method
     if method == UNROLLED:
         its = json.loads(settings)[UNROLLED]
-        teacher = made_by(its["net"], its.get("start_from", "original"))
+        teacher = made_by(*(its[k] for k in ("net", "start_from", "n_experts") if k in its))
         return name, TrainingSet(*parts, teacher=teacher)
     return name, TrainingSet(*parts, kernel)
 

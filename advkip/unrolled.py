@@ -15,7 +15,8 @@ the machine. What a training step computes on its way is computed twice instead 
 (rematerialised), so that memory holds the weights of K steps and the activations of one.
 
 The support begins with drawn images, or (`unrolled.start_from`) with the set that Algorithm 1 has
-made for the kernel: then the steps here adapt that set to networks of finite width.
+made for the kernel: then the steps here adapt that set to networks of finite width. In place of the
+attacked loss there may be the way that adversarially trained networks took (see `trajectories`).
 
 (Wang et al. 2018 distil data sets by unrolled training, without attacks.)
 """
@@ -98,18 +99,28 @@ def initial(key, shape, n_classes, recipe, dtype) -> Net:
 def trained(key, x, y, recipe) -> Net:
     """The network of first weights from `key`, trained on images x (S, ...) and labels y (S, C)."""
     start = initial(key, x.shape[1:], y.shape[1], recipe, x.dtype)
+    return descended(start, x, y, recipe)
+
+
+def descended(start, x, y, recipe) -> Net:
+    """A network after the steps of a recipe on images x (S, ...) and labels y (S, C)."""
+
+    @jax.checkpoint
+    def step(state, _):
+        return descend(*state, x, y, recipe.learning_rate), None
+
+    still = jax.tree.map(jnp.zeros_like, start)
+    return jax.lax.scan(step, (start, still), None, length=recipe.n_steps)[0][0]
+
+
+def descend(net, speed, x, y, learning_rate) -> tuple[Net, Net]:
+    """(theta, v) after one step of gradient descent with momentum on the squared error."""
 
     def loss(net):
         return ((net(x) - y) ** 2).sum(1).mean() / 2
 
-    @jax.checkpoint
-    def step(state, _):
-        net, speed = state
-        speed = jax.tree.map(lambda v, g: MOMENTUM * v + g, speed, jax.grad(loss)(net))
-        return (jax.tree.map(lambda w, v: w - recipe.learning_rate * v, net, speed), speed), None
-
-    still = jax.tree.map(jnp.zeros_like, start)
-    return jax.lax.scan(step, (start, still), None, length=recipe.n_steps)[0][0]
+    speed = jax.tree.map(lambda v, g: MOMENTUM * v + g, speed, jax.grad(loss)(net))
+    return jax.tree.map(lambda w, v: w - learning_rate * v, net, speed), speed
 
 
 _trained = jax.jit(trained, static_argnums=3)
@@ -173,4 +184,8 @@ class Run(algorithm.Run):
 
     def judged(self, state, slope) -> Net:
         """The pool's first network; its first weights are the same in all steps."""
-        return _trained(self.keys(JUDGED)[0], *state.support, self.recipes[0])
+        return self.fresh(state, self.recipes[0])
+
+    def fresh(self, state, recipe) -> Net:
+        """A network trained on the support from the first weights that validation has."""
+        return _trained(self.keys(JUDGED)[0], *state.support, recipe)

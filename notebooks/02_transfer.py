@@ -69,7 +69,18 @@ output: str = None  # where checkpoints, figures and results.json go; None: repo
 import numpy as np
 from IPython.display import Markdown, display
 
-from advkip import data, evaluate, figures, kernels, records, search, sets, tables, training
+from advkip import (
+    data,
+    evaluate,
+    figures,
+    kernels,
+    records,
+    search,
+    sets,
+    tables,
+    training,
+    trajectories,
+)
 from advkip.config import Experiment
 
 experiment = Experiment.from_notebook(globals(), "02_transfer")
@@ -153,6 +164,20 @@ for (net, of_set), found in searches.items():
             outcomes[net, of_set, net_seed], model=net, trained_on=of_set, training="plain",
             seed=net_seed, **records.of_training(chosen[of_set], found, trained),
         )  # fmt: skip
+
+# %% [markdown]
+# A set that follows adversarially trained networks (`unrolled.n_experts`) is to be read beside
+# these teachers: they were attacked while they trained, on all images.
+
+# %%
+pool = data.TrainingSet(splits.x_pool, splits.y_pool)
+taught = trajectories.teachers(experiment, splits, folder) if "unrolled" in chosen else []
+for (net, teacher), net_seed in zip(taught, experiment.net_seeds(), strict=False):
+    outcomes[net, "adversarial", net_seed] = protocol(teacher, x_test, y_test, keep=8)
+    recorder.add(
+        outcomes[net, "adversarial", net_seed], model=net, trained_on="original",
+        training="adversarial", seed=net_seed, **records.of_set(pool),
+    )  # fmt: skip
 
 # %%
 light = protocol.with_attacks(*evaluate.without_autoattack(protocol.attack_names))

@@ -365,7 +365,10 @@ if left:
 # `params/digits-unrolled.yaml`) comes from Algorithm 1 with a finite network in its place: in each
 # outer step networks with new first weights are trained on the support and attacked, and the
 # gradient goes through their whole training to the images. It may start from the kernel's set
-# (`unrolled.start_from`).
+# (`unrolled.start_from`). With `unrolled.n_experts` plain training on the set is to follow the way
+# that adversarially trained networks took (`advkip.trajectories`; see
+# `params/digits-trajectories.yaml`): then robustness comes from a teacher that was attacked while
+# it trained, and not from data alone.
 #
 # ## Other people's figures
 #

@@ -112,6 +112,7 @@ IMPORTS = {
         "worst_case",
     },
     "unrolled": {"algorithm", "data", "kernel", "pieces"},
+    "trajectories": {"algorithm", "data", "kernels", "nets", "progress", "store", "unrolled"},
     "distill": {
         "algorithm",
         "config",
@@ -121,6 +122,7 @@ IMPORTS = {
         "kernels",
         "progress",
         "settings",
+        "trajectories",
         "unrolled",
     },
     "features": {"data", "files", "nets", "progress", "settings", "store"},
@@ -465,11 +467,13 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng, monkeypatch):
     name = e.dataset.name
     np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
     few = {"eval_pgd_steps": 2, "n_steps": 1}
+    through = few | {"expert_epochs": 2, "expert_ahead": 1}
     inner = e.adv_kip and {"adv_kip": few | {"pgd_steps": min(e.adv_kip.pgd_steps, 2)}}
     e = e.replace(
         dataset={"folder": str(tmp_path), "n_validation": 10, "n_test": 10},
         support={"n_support": 20, "n_target": 10}, networks={"n_original": 20},
-        **inner or {}, **{"kip": few} if e.kip else {}, **{"unrolled": few} if e.unrolled else {},
+        **inner or {}, **{"kip": few} if e.kip else {},
+        **{"unrolled": through} if e.unrolled else {},
     )  # fmt: skip
     e = e.replace(support={"grown_from": grown_from(e, tmp_path)})
     splits = data.split(data.load(name, tmp_path), e)
