@@ -4,7 +4,6 @@ import json
 from collections import Counter
 
 from advkip import tables
-from advkip.config import Experiment, by_path
 
 COLUMNS = 5
 """Settings that have a column each; of more, one column names those that are not as in most
@@ -83,7 +82,7 @@ def _in_one_column(paths, names, rows, found):
 
 def _settings(record):
     """All settings that may tell points apart; what a record of before lacks has its default."""
-    every = dict(by_path(Experiment().to_dict())) | tables.that_matter(record)
+    every = tables.defaults() | tables.that_matter(record)
     free = {*tables.FREE, *tables.OF_NETWORKS, "seed"}
     return {path: value for path, value in every.items() if path not in free}
 

@@ -129,8 +129,8 @@ class Unrolled(Distillation):
     warmup: Annotated[int, Field(ge=0)] = 0
     """outer steps (epochs of experts) in which the radius grows, from a quarter of it"""
     n_experts: Annotated[int, Field(ge=0)] = 0
-    """adversarially trained networks whose way is followed (see `trajectories`; the attack is then
-    theirs, and no outer loss has a part); 0: the attacked loss of the trained network"""
+    """adversarially trained networks whose way is followed (see `trajectories`; then the attack is
+    theirs, and what the support lowers is no loss of Algorithm 1); 0: none"""
     expert_epochs: Count = 100
     expert_learning_rate: Positive = 0.1
     expert_smoothing: Annotated[NotNegative, Field(lt=1)] = 0.99
@@ -167,11 +167,17 @@ class Unrolled(Distillation):
         return self
 
     @model_validator(mode="after")
-    def _ahead_within(self):
-        if self.expert_ahead > self.expert_epochs:
+    def _experts_are_adversarial(self):
+        if self.n_experts and not (self.expert_ahead <= self.expert_epochs > self.warmup):
             raise ValueError(
-                f"expected unrolled.expert_ahead of at most the {self.expert_epochs} of "
-                f"unrolled.expert_epochs, got {self.expert_ahead}; pass fewer, or more epochs"
+                "expected unrolled.expert_epochs beyond unrolled.warmup, and unrolled.expert_ahead "
+                f"of at most these, got {self.expert_epochs}, {self.warmup}, {self.expert_ahead}; "
+                "pass more epochs"
+            )
+        if self.n_experts and not self.pgd_steps:
+            raise ValueError(
+                "expected unrolled.pgd_steps of at least 1 with unrolled.n_experts, which are "
+                "trained adversarially, got 0; pass more, or no experts"
             )
         return self
 

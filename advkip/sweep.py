@@ -23,16 +23,16 @@ from advkip.execute import NotebookError, execute, prepare
 STATUS = ".status.json"
 """File in an experiment's folder that says where it is."""
 
-UNROLLED = "distillation-unrolled.npz"
+UNROLLED, EXPERTS = "distillation-unrolled.npz", "expert-*.npz"
 _ROBUST = (*MACHINE, "networks", "adversarial_training")
 SHARED = (
     (
         "distillation-*kip.npz", SECTIONS["01_kernels"],
         ("01_kernels", "02_transfer", "03_cnns", "04_shortcomings", "05_remedies"),
     ),
-    (
-        UNROLLED, (*MACHINE, "adv_kip", "unrolled"),
-        ("02_transfer", "03_cnns", "04_shortcomings"),
+    *(
+        (pattern, (*MACHINE, "adv_kip", "unrolled"), ("02_transfer", "03_cnns", "04_shortcomings"))
+        for pattern in (UNROLLED, EXPERTS)
     ),
     ("network-*-original-adversarial-*.npz", _ROBUST, ("03_cnns", "04_shortcomings")),
 )  # fmt: skip
@@ -69,7 +69,8 @@ def plan(experiments: list[Experiment]) -> list[Task]:
         for notebook in experiment.notebooks:
             takes = []
             for pattern, parts, notebooks in SHARED:
-                if notebook not in notebooks or pattern == UNROLLED and not experiment.unrolled:
+                through = pattern in (UNROLLED, EXPERTS)
+                if notebook not in notebooks or through and not experiment.unrolled:
                     continue
                 key = pattern, json.dumps(experiment.of(*parts), sort_keys=True)
                 maker = makers.setdefault(key, len(tasks))

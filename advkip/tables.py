@@ -16,6 +16,7 @@ import yaml
 from advkip import records
 from advkip.attack_names import ATTACKED, Attack
 from advkip.config import FREE, Experiment, by_path, sections
+from advkip.method_settings import Unrolled
 
 _ADVERSARIALLY = ", adversarial training"
 ADVERSARIAL = "original" + _ADVERSARIALLY
@@ -123,13 +124,19 @@ def accuracy(found, *, tables=None, models=None) -> str:
     )
 
 
+def defaults() -> dict:
+    """Every setting's default, by path; of `unrolled`, null by default, also those in it."""
+    inside = {"unrolled": Unrolled().to_dict()}
+    return dict(by_path(Experiment().to_dict())) | dict(by_path(inside))
+
+
 def that_matter(record) -> dict:
     """The settings that tell experiments of several seeds apart, by path.
 
     Those at their default are left out, since a record of before there was a setting lacks it; and
     so are sections that none of its notebooks depends on, whose defaults may have changed since.
     """
-    free, default = {*FREE, "seed"}, dict(by_path(Experiment().to_dict()))
+    free, default = {*FREE, "seed"}, defaults()
     scouts = record["experiment"].get("relabelling", {}).get("rounds")
     own = sections(*{row["notebook"] for row in record["rows"]}, scouts=scouts)
     return {

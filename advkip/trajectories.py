@@ -1,8 +1,8 @@
 """Trajectories of adversarially trained networks, and sets on which plain training follows them.
 
 An expert is a network trained adversarially on all images: theta_0 random, then each batch is
-attacked and takes one step of gradient descent with momentum on the squared error. What is kept is
-smoothed,
+attacked (by `inner_loss`; of `n_target` images) and takes one step of gradient descent with
+momentum on the squared error. What is kept is smoothed,
 
     m_(i+1) = b m_i + (1 - b) theta_(i+1),      b = expert_smoothing,
 
@@ -23,7 +23,8 @@ of MAT, 2025.)
 """
 
 import math
-from functools import partial
+import time
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -31,73 +32,113 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from advkip import algorithm, data, kernels, nets, store, unrolled
+from advkip import algorithm, data, files, kernels, nets, store, unrolled
 from advkip.progress import tqdm
 
-BATCH_SIZE = 128
-"""Images in a step of an expert."""
+SAVE_EVERY = 60
+"""Seconds of an expert's training between two checkpoints."""
+
+THEIRS = (
+    "expert_epochs", "expert_learning_rate", "expert_smoothing", "warmup", "pgd_steps",
+    "inner_loss", "logit_scale", "random_start", "restarts", "step_rule",
+)  # fmt: skip
+"""Settings of `unrolled` that an expert depends on, beside its net."""
 
 
 class Run(unrolled.Run):
     """One run of Algorithm 1 with trajectories in the attacked loss's place: see `algorithm.Run`.
 
     Args:
-      folder: of expert-<k>.npz, or None. The experts are read there, or trained and left there
-        after each epoch.
-      progress: shows a bar of the experts' epochs.
+      folder: of expert-<k>.npz, or None. The experts are read there, or trained and left there;
+        what is interrupted goes on.
+      progress: shows a bar of an expert's epochs.
     """
+
+    advice = "smaller unrolled.learning_rate, unrolled.net_learning_rate or unrolled.expert_ahead"
 
     def __init__(self, experiment, splits, kernel, method, *, folder=None, progress=True):
         super().__init__(experiment, splits, kernel, method)
-        self.experts = [self.expert(k, folder, progress) for k in range(self.settings.n_experts)]
+        self.folder, self.progress = folder, progress
 
-    def expert(self, number, folder, progress) -> unrolled.Net:
-        """The smoothed weights of an expert, each with a first axis of E + 1 epochs."""
-        settings, support = self.settings, self.experiment.support
+    @cached_property
+    def experts(self) -> list[unrolled.Net]:
+        """The smoothed weights of each expert: NumPy, with a first axis of E + 1 epochs."""
+        return [self.expert(number) for number in range(self.settings.n_experts)]
+
+    def expert(self, number) -> unrolled.Net:
+        """One of `experts`, read or trained.
+
+        Raises:
+          FloatingPointError: its weights are not finite.
+          ValueError: a file of other settings or data.
+        """
+        settings, dtype = self.settings, self.experiment.kernel.dtype
         stream = data.generator(self.experiment.seed, "trajectories", number)
-        x, y, dtype = self.splits.x_pool, self.splits.y_pool, self.experiment.kernel.dtype
-        labels = support.label_scale * data.one_hot(
-            y, self.splits.n_classes, center=support.center_labels, dtype=dtype
-        )
-        first = unrolled.initial(
-            jax.random.key(int(stream.integers(2**31))), x.shape[1:], self.splits.n_classes,
-            self.recipe(number), dtype,
-        )  # fmt: skip
+        shape, n_classes = self.splits.x_pool.shape[1:], self.splits.n_classes
+        key = jax.random.key(int(stream.integers(2**31)))
+        first = unrolled.initial(key, shape, n_classes, self.recipe(number), dtype)
         still = jax.tree.map(jnp.zeros_like, first)
         kept = jax.tree.map(
-            lambda w: jnp.zeros((settings.expert_epochs + 1, *w.shape), w.dtype).at[0].set(w), first
+            lambda w: np.zeros((settings.expert_epochs + 1, *w.shape), dtype), first
         )
-        state, done = ((first, still, first), kept), 0
-        path = folder and Path(folder) / f"expert-{number}.npz"
-        about = self.about | {"expert": number}
+        _keep(kept, 0, first)
+        moving, done = (first, still, first), 0
+        path, about = self.folder and Path(self.folder) / f"expert-{number}.npz", self.of(number)
         if path and path.exists():
-            state, done = store.load(path, state, about=about)
-        size = min(BATCH_SIZE, len(x))
-        epochs = range(settings.expert_epochs)
-        for epoch in tqdm(epochs, desc=f"expert {number}", unit="epoch", disable=not progress):
-            order = stream.permutation(len(x))  # drawn of finished epochs, too
+            (moving, kept), done = store.load(path, (moving, kept), about=about)
+        saved, epochs = time.monotonic(), range(settings.expert_epochs)
+        bar = tqdm(epochs, desc=f"expert {number}", unit="epoch", disable=not self.progress)
+        for epoch in bar:
+            own = np.random.default_rng(stream.integers(2**31))  # for finished epochs, too
             if epoch < done:
                 continue
-            moving, kept = state
-            for i in range(len(x) // size):
-                rows = order[i * size : (i + 1) * size]
-                attacked = self.objective.attack(
-                    moving[0], jnp.asarray(x[rows], dtype), y[rows],
-                    step=(number * settings.expert_epochs + epoch) * len(x) + i,
-                    grown=self.grown(epoch),
-                )  # fmt: skip
-                rates = settings.expert_learning_rate, settings.expert_smoothing
-                moving = _step(moving, attacked, labels[rows], *rates)
-            kept = jax.tree.map(lambda all, one, t=epoch: all.at[t + 1].set(one), kept, moving[2])
-            state = moving, kept
-            if path:
-                store.save(path, state, about=about, notes=epoch + 1)
-        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-            raise FloatingPointError(
-                f"expected experts of finite weights, got NaN or infinity in number {number}; pass "
-                "a smaller unrolled.expert_learning_rate"
+            moving = self.passed(moving, number, epoch, own)
+            if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(moving)):
+                raise FloatingPointError(
+                    f"expected finite weights of expert {number}, got NaN or infinity in epoch "
+                    f"{epoch + 1}; pass a smaller unrolled.expert_learning_rate, and delete "
+                    f"expert-{number}.npz if there is one"
+                )
+            _keep(kept, epoch + 1, moving[2])
+            last = epoch + 1 == settings.expert_epochs
+            if path and (last or time.monotonic() - saved >= SAVE_EVERY):
+                store.save(path, (moving, kept), about=about, notes=epoch + 1)
+                saved = time.monotonic()
+        return kept
+
+    def passed(self, moving, number, epoch, stream):
+        """(theta, v, m) after an epoch of attacked images."""
+        settings, support = self.settings, self.experiment.support
+        order, dtype = stream.permutation(len(self.splits.x_pool)), self.experiment.kernel.dtype
+        size = min(support.n_target, len(order))
+        for i in range(len(order) // size):
+            rows = order[i * size : (i + 1) * size]
+            x, y = self.splits.x_pool[rows], self.splits.y_pool[rows]
+            if support.mirror:
+                x = algorithm.half_mirrored(x, stream)
+            labels = support.label_scale * data.one_hot(
+                y, self.splits.n_classes, center=support.center_labels, dtype=dtype
             )
-        return state[1]
+            attacked = self.objective.attack(
+                moving[0], jnp.asarray(x, dtype), y, grown=self.grown(epoch),
+                step=(number * settings.expert_epochs + epoch) * len(order) + i,
+            )  # fmt: skip
+            rates = settings.expert_learning_rate, settings.expert_smoothing
+            moving = _step(moving, attacked, labels, *rates)
+        return moving
+
+    def of(self, number) -> dict:
+        """What an expert depends on."""
+        e, support = self.experiment, self.experiment.support
+        pool = self.splits.x_pool, self.splits.y_pool
+        return {
+            "expert": number, "net": self.settings.pool[number % len(self.recipes)],
+            "seed": e.seed, "data": files.digest_of_arrays(*pool), "dtype": e.kernel.dtype,
+            **e.of("threat"),
+            **{f"support.{name}": getattr(support, name)
+               for name in ("n_target", "mirror", "center_labels", "label_scale")},
+            **{f"unrolled.{name}": getattr(self.settings, name) for name in THEIRS},
+        }  # fmt: skip
 
     def recipe(self, number) -> unrolled.Recipe:
         """Of an expert, and of the networks that follow it: those of the pool take turns."""
@@ -117,7 +158,7 @@ class Run(unrolled.Run):
         found = []
         for number, epoch in self.drawn(state.step):
             start, goal = (
-                jax.tree.map(lambda w, t=t: w[t], self.experts[number])
+                jax.tree.map(lambda w, t=t: jnp.asarray(w[t]), self.experts[number])
                 for t in (epoch, epoch + self.settings.expert_ahead)
             )
             found.append(_gradient(*state.support, start, goal, self.recipe(number)))
@@ -129,6 +170,11 @@ class Run(unrolled.Run):
         settings = self.settings
         spans = math.ceil(settings.expert_epochs / settings.expert_ahead)
         return self.fresh(state, self.recipes[0]._replace(n_steps=spans * settings.net_steps))
+
+
+def _keep(kept, epoch, net):
+    for all_epochs, weights in zip(*map(jax.tree.leaves, (kept, net)), strict=True):
+        all_epochs[epoch] = weights
 
 
 @jax.jit
@@ -164,17 +210,16 @@ def teachers(experiment, splits, folder) -> list[tuple[str, torch.nn.Module]]:
 
     Args:
       experiment, splits: as for `distill.distill`.
-      folder: where the run has left them.
+      folder: where the run has left them; what is not there is trained.
     """
     settings = experiment.unrolled
-    if not (settings and settings.n_experts):
+    if "unrolled" not in experiment.networks.sets or not (settings and settings.n_experts):
         return []
-    kernel = kernels.of(experiment.kernel)
-    run = Run(experiment, splits, kernel, "unrolled", folder=folder, progress=False)
+    run = Run(experiment, splits, kernels.of(experiment.kernel), "unrolled", folder=folder)
     found = []
-    for number, expert in enumerate(run.experts[: len(experiment.net_seeds())]):
+    for number in range(min(settings.n_experts, len(experiment.net_seeds()))):
         name = settings.pool[number % len(settings.pool)]
-        last = jax.tree.map(lambda w: w[-1], expert)
+        last = jax.tree.map(lambda w: w[-1], run.expert(number))
         found.append((name, as_module(last, name, splits.x_pool.shape[1:])))
     return found
 
@@ -192,4 +237,4 @@ def as_module(net, name, shape) -> torch.nn.Module:
             weights = weights[:, order.ravel()]
         layer.weight.data.copy_(torch.from_numpy(weights.copy()))
         layer.bias.data.copy_(torch.from_numpy(np.array(biases, "float32")))
-    return module
+    return module.eval()

@@ -171,12 +171,12 @@ for (net, of_set), found in searches.items():
 
 # %%
 pool = data.TrainingSet(splits.x_pool, splits.y_pool)
-taught = trajectories.teachers(experiment, splits, folder) if "unrolled" in chosen else []
-for (net, teacher), net_seed in zip(taught, experiment.net_seeds(), strict=False):
+teachers = trajectories.teachers(experiment, splits, folder)
+for (net, teacher), net_seed in zip(teachers, experiment.net_seeds(), strict=False):
     outcomes[net, "adversarial", net_seed] = protocol(teacher, x_test, y_test, keep=8)
     recorder.add(
         outcomes[net, "adversarial", net_seed], model=net, trained_on="original",
-        training="adversarial", seed=net_seed, **records.of_set(pool),
+        training="adversarial", seed=net_seed, set_kernel="as expert", **records.of_set(pool),
     )  # fmt: skip
 
 # %%

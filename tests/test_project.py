@@ -112,7 +112,16 @@ IMPORTS = {
         "worst_case",
     },
     "unrolled": {"algorithm", "data", "kernel", "pieces"},
-    "trajectories": {"algorithm", "data", "kernels", "nets", "progress", "store", "unrolled"},
+    "trajectories": {
+        "algorithm",
+        "data",
+        "files",
+        "kernels",
+        "nets",
+        "progress",
+        "store",
+        "unrolled",
+    },
     "distill": {
         "algorithm",
         "config",
@@ -215,8 +224,8 @@ IMPORTS = {
         "settings",
     },
     "records": {"config", "files", "preflight"},
-    "tables": {"attack_names", "config", "records"},
-    "ablation": {"config", "tables"},
+    "tables": {"attack_names", "config", "method_settings", "records"},
+    "ablation": {"tables"},
     "texts": {"ablation", "records", "tables"},
     "report": {"grid", "records", "tables"},
     "panel": {
@@ -467,7 +476,9 @@ def test_params_file_runs_at_reduced_size(path, tmp_path, rng, monkeypatch):
     name = e.dataset.name
     np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
     few = {"eval_pgd_steps": 2, "n_steps": 1}
-    through = few | {"expert_epochs": 2, "expert_ahead": 1}
+    through = few | {"expert_epochs": 2, "expert_ahead": 1, "warmup": 0}
+    if e.unrolled:
+        through["warmup"] = min(e.unrolled.warmup, 1)
     inner = e.adv_kip and {"adv_kip": few | {"pgd_steps": min(e.adv_kip.pgd_steps, 2)}}
     e = e.replace(
         dataset={"folder": str(tmp_path), "n_validation": 10, "n_test": 10},

@@ -136,6 +136,29 @@ def test_records_of_before_a_setting_are_those_of_its_default(tmp_path):
     assert "±" not in tables.accuracy(found, tables=())
 
 
+def test_records_of_before_a_setting_of_unrolled_are_those_of_its_default(tmp_path):
+    inside = {"unrolled__net_steps": 5, "networks__sets": ["unrolled"], "notebook": "02_transfer"}
+    found = [
+        write(tmp_path / str(s), seed=s, accuracy=a, **inside) for s, a in ((0, 0.3), (1, 0.4))
+    ]
+    del found[0]["experiment"]["unrolled"]["n_experts"]
+    del found[0]["experiment"]["unrolled"]["expert_epochs"]
+    assert "| 35.00 ± 7.07 " in tables.accuracy(found, tables=())
+    found[0]["experiment"]["unrolled"]["net_steps"] = 6
+    assert "±" not in tables.accuracy(found, tables=())
+
+
+def test_teachers_of_trajectories_are_no_other_adversarial_training(tmp_path):
+    e = experiment(networks__sets=["unrolled"], unrolled__n_experts=1)
+    recorder = records.Recorder(e, tmp_path, "02_transfer")
+    row = {"model": "fc1-256", "trained_on": "original", "training": "adversarial", "n_train": 9}
+    recorder.add([outcome("clean", 0.9)], **row, seed=0)
+    recorder.add([outcome("clean", 0.7)], **row, seed=0, set_kernel="as expert")
+    text = tables.accuracy([recorder.write()], tables=())
+    assert "original as expert, adversarial training | 100 | 70.00" in text
+    assert "original, adversarial training | 100 | 90.00" in text
+
+
 def test_only_seeds_are_averaged(tmp_path):
     """Another radius is another line, and one seed counts once."""
     other = write(tmp_path / "b", accuracy=0.1, threat__epsilon=0.1, threat__step_size=0.05)

@@ -170,7 +170,7 @@ def test_what_experiments_share_is_made_once():
         ("b", "03_cnns", 2), ("c", "01_kernels", None), ("c", "03_cnns", 4),
         ("d", "01_kernels", None), ("d", "03_cnns", 6),
     ]  # fmt: skip
-    sets, _, robust = (pattern for pattern, *_ in sweep.SHARED)
+    (sets, *_), *_, (robust, *_) = sweep.SHARED
     assert [one.takes for one in tasks] == [
         (), (), ((0, sets),), ((0, sets), (1, robust)), (), (), ((4, sets),), ((4, sets),),
     ]  # fmt: skip
@@ -185,7 +185,7 @@ def test_other_networks_inside_the_outer_steps_make_another_set():
     sets, unrolled = sweep.SHARED[0][0], sweep.UNROLLED
     first, second, third = (one.takes for one in sweep.plan([a, b, c]))
     assert (first, second) == ((), ((0, sets),))
-    assert third == ((0, sets), (0, unrolled))
+    assert third == ((0, sets), (0, unrolled), (0, sweep.EXPERTS))
     for name, patterns in (
         ("adv-kip", [sets]), ("kip", [sets]), ("unrolled", [unrolled])
     ):  # fmt: skip

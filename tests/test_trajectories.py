@@ -5,15 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advkip import data, distill, kernels, nets, sets, store, trajectories, unrolled, worst_case
+from advkip import (
+    data,
+    distill,
+    evaluate,
+    kernels,
+    nets,
+    sets,
+    store,
+    trajectories,
+    unrolled,
+    worst_case,
+)
 from tests.sections import SMALL_SETS, changed, experiment
 
 SMALL = changed(
     SMALL_SETS, unrolled__n_steps=2, unrolled__eval_every=2, unrolled__checkpoint_every=1,
     unrolled__pgd_steps=2, unrolled__eval_pgd_steps=2, unrolled__net=["fc1-16-pieces2", "fc2-8"],
     unrolled__net_steps=3, unrolled__choose_by="pgd", unrolled__n_experts=2,
-    unrolled__expert_epochs=3, unrolled__expert_ahead=2, threat__epsilon=0.15,
-    threat__step_size=0.05,
+    unrolled__expert_epochs=3, unrolled__expert_ahead=2, networks__sets=["unrolled"],
+    threat__epsilon=0.15, threat__step_size=0.05,
 )  # fmt: skip
 RECIPE = unrolled.Recipe(depth=2, width=7, n_pieces=2, n_steps=4, learning_rate=0.3)
 
@@ -29,9 +40,8 @@ def at(expert, epoch):
 
 def withstood(net, e, splits):
     x, y = splits.x_validation, splits.y_validation
-    ball = run(changed(e, unrolled__expert_epochs=2), splits).objective.threat
-    step_size = e.threat.step_size
-    left = worst_case.withstood(net, x, y, batch_size=200, threat=ball, step_size=step_size)
+    ball = {"threat": run(e, splits).objective.threat, "step_size": e.threat.step_size}
+    left = worst_case.withstood(net, x, y, batch_size=200, **ball)
     return float(np.mean(left))
 
 
@@ -84,7 +94,7 @@ def test_a_step_of_an_expert_is_smoothed_descent():
 def test_experts_are_robust_and_take_turns_in_the_pool(splits):
     e = changed(SMALL, unrolled__expert_epochs=40, unrolled__net=["fc1-64", "fc2-8"])
     first, second = run(e, splits).experts
-    plain = run(changed(e, unrolled__pgd_steps=0), splits).experts[0]
+    plain = run(changed(e, threat__epsilon=1e-6, threat__step_size=1e-6), splits).experts[0]
     assert [w.shape for w, _ in first.layers] == [(41, 64, 64), (41, 64, 10)]
     assert [w.shape for w, _ in second.layers] == [(41, 64, 8), (41, 8, 8), (41, 8, 10)]
     kept = [withstood(at(net, t), e, splits) for net, t in ((first, 0), (plain, 40), (first, 40))]
@@ -94,6 +104,7 @@ def test_experts_are_robust_and_take_turns_in_the_pool(splits):
 
 
 def test_an_interrupted_expert_goes_on_bit_for_bit(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectories, "SAVE_EVERY", 0)
     straight = run(SMALL, splits).experts
     written = []
 
@@ -107,12 +118,41 @@ def test_an_interrupted_expert_goes_on_bit_for_bit(splits, tmp_path, monkeypatch
     monkeypatch.setattr(store, "save", save)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(SMALL, splits, folder=tmp_path)
+            run(SMALL, splits, folder=tmp_path).experts  # noqa: B018
     found = run(SMALL, splits, folder=tmp_path).experts
     assert written == ["expert-0.npz"] * 3 + ["expert-1.npz"] * 3
     jax.tree.map(np.testing.assert_array_equal, found, straight)
+    more = changed(
+        SMALL, unrolled__n_experts=3, unrolled__learning_rate=0.1, unrolled__net_steps=2,
+        support__n_support=20,
+    )  # fmt: skip
+    jax.tree.map(
+        np.testing.assert_array_equal, run(more, splits, folder=tmp_path).experts[:2], straight
+    )
+    assert written[6:] == ["expert-2.npz"] * 3
     with pytest.raises(ValueError, match="unrolled.expert_smoothing"):
-        run(changed(SMALL, unrolled__expert_smoothing=0.5), splits, folder=tmp_path)
+        run(changed(SMALL, unrolled__expert_smoothing=0.5), splits, folder=tmp_path).expert(0)
+
+
+def test_a_finished_run_needs_no_experts(splits, tmp_path, monkeypatch):
+    options = {"method": "unrolled", "checkpoint_dir": tmp_path, "progress": False}
+    made = distill.distill(SMALL, splits, **options)
+    for path in tmp_path.glob("expert-*.npz"):
+        path.unlink()
+    monkeypatch.setattr(trajectories, "_step", None)
+    again = distill.distill(SMALL, splits, **options)
+    np.testing.assert_array_equal(again.x_support, made.x_support)
+
+
+def test_experts_see_mirrored_images_and_batches_of_the_target_size(splits):
+    plain, mirrored, larger = (
+        run(changed(SMALL, unrolled__n_experts=1, **options), splits).experts[0]
+        for options in ({}, {"support__mirror": True}, {"support__n_target": 40})
+    )
+    first, other, third = (jax.tree.leaves(net)[0] for net in (plain, mirrored, larger))
+    np.testing.assert_array_equal(first[0], other[0])
+    for one in (other, third):
+        assert np.abs(one[1:] - first[1:]).max() > 1e-3
 
 
 def test_a_run_is_resumed_bit_for_bit(splits, tmp_path):
@@ -172,11 +212,22 @@ def test_the_set_says_whom_it_followed(digits, splits, tmp_path):
     assert (name, len(others)) == ("fc1-16-pieces2", len(SMALL.net_seeds()) - 1)
     expert, x = at(run(SMALL, splits, folder=tmp_path).experts[0], -1), splits.x_test[:7]
     np.testing.assert_allclose(nets.to_numpy(teacher(nets.to_tensor(x))), expert(x), atol=1e-5)
-    assert trajectories.teachers(changed(SMALL, unrolled__n_experts=0), splits, tmp_path) == []
+    protocol = evaluate.Protocol.of(SMALL).with_attacks("pgd2")
+    clean, robust = protocol(teacher, x, splits.y_test[:7], progress=False)
+    assert clean.accuracy == np.mean(np.asarray(expert(x)).argmax(1) == splits.y_test[:7])
+    assert robust.accuracy <= clean.accuracy
+    for without in ({"unrolled__n_experts": 0}, {"networks__sets": ["original"]}):
+        assert trajectories.teachers(changed(SMALL, **without), splits, tmp_path) == []
 
 
-def test_bad_experts_are_refused(splits):
-    with pytest.raises(ValueError, match="expected unrolled.expert_ahead of at most the 3"):
-        changed(SMALL, unrolled__expert_ahead=4)
-    with pytest.raises(FloatingPointError, match="smaller unrolled.expert_learning_rate"):
-        run(changed(SMALL, unrolled__expert_learning_rate=1e12), splits)
+def test_bad_experts_are_refused(splits, tmp_path):
+    for options in ({"unrolled__expert_ahead": 4}, {"unrolled__warmup": 3}):
+        with pytest.raises(ValueError, match="expected unrolled.expert_epochs beyond"):
+            changed(SMALL, **options)
+    with pytest.raises(ValueError, match="expected unrolled.pgd_steps of at least 1"):
+        changed(SMALL, unrolled__pgd_steps=0)
+    e = changed(SMALL, unrolled__expert_learning_rate=1e12)
+    options = {"method": "unrolled", "checkpoint_dir": tmp_path, "progress": False}
+    with pytest.raises(distill.DivergedError, match="smaller unrolled.expert_learning_rate"):
+        distill.distill(e, splits, **options)
+    assert not list(tmp_path.glob("expert-*.npz"))
