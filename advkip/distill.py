@@ -57,7 +57,8 @@ def distill(
       kernel: see `kernels`; None means the experiment's.
       checkpoint_dir: folder of distillation-<method>.npz, or None. It is continued; it is written
         every `checkpoint_every` steps, on interruption and at the end. The supports of every
-        `keep_every` steps are left there, too, as <method>-<step>.npz.
+        `keep_every` steps are left there, too, as <method>-<step>.npz, and what they follow as
+        expert-<k>.npz (see `trajectories`).
       progress: shows a bar with loss, clean and robust validation accuracy.
 
     Raises:
