@@ -108,12 +108,6 @@ def several(net: str | list[str]) -> list[str]:
     return [net] if isinstance(net, str) else net
 
 
-def made_by(net: str | list[str], start_from: str = "original", n_experts: int = 0) -> str:
-    """What tables say of a set that was optimised through the training of networks."""
-    start = f" from {start_from}" * (start_from != "original")
-    return ", ".join(several(net)) + start + ", adversarial trajectories" * bool(n_experts)
-
-
 class Unrolled(Distillation):
     """Algorithm 1 with networks that are trained inside each outer step (see `unrolled`)."""
 
@@ -191,8 +185,9 @@ class Unrolled(Distillation):
 
     @property
     def teacher(self) -> str:
-        """What tables say of its sets."""
-        return made_by(self.net, self.start_from, self.n_experts)
+        """What tables say of a set that was optimised through the training of networks."""
+        start = f" from {self.start_from}" * (self.start_from != "original")
+        return ", ".join(self.pool) + start + ", adversarial trajectories" * bool(self.n_experts)
 
     @property
     def pool(self) -> list[str]:

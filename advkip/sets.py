@@ -36,7 +36,7 @@ from advkip import (
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.method_settings import ADVERSARIAL, made_by
+from advkip.method_settings import ADVERSARIAL, Unrolled
 from advkip.relabel import NOISY, RELABELLED
 from advkip.settings import Kernel, Method, is_path
 
@@ -252,8 +252,7 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     of_step = method and re.fullmatch(rf"{method}-\d+", path.stem)
     name = path.stem if of_step or not method else method
     if method == UNROLLED:
-        its = json.loads(settings)[UNROLLED]
-        teacher = made_by(*(its[k] for k in ("net", "start_from", "n_experts") if k in its))
+        teacher = Unrolled.from_params(json.loads(settings)[UNROLLED]).teacher
         return name, TrainingSet(*parts, teacher=teacher)
     return name, TrainingSet(*parts, kernel)
 

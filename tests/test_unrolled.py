@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, distill, kernels, losses, nets, objective, sets, solver, unrolled
+from advkip import (
+    data,
+    distill,
+    kernels,
+    losses,
+    nets,
+    objective,
+    sets,
+    solver,
+    trajectories,
+    unrolled,
+)
 from tests.sections import SMALL_SETS, changed, experiment
 
 SMALL = changed(
@@ -27,14 +38,7 @@ def test_training_is_that_of_pytorch():
     x, y = support("float32")
     net = unrolled.trained(jax.random.key(1), x, y, RECIPE)
     start = unrolled.initial(jax.random.key(1), x.shape[1:], 4, RECIPE, x.dtype)
-    twin = nets.build("fc2-7-pieces2", shape=(2, 3, 1), n_classes=4, seed=0)
-    linear = [one for one in twin.modules() if isinstance(one, torch.nn.Linear)]
-    for layer, (weights, biases) in zip(linear, start.layers, strict=True):
-        layer.weight.data = torch.tensor(np.asarray(weights).T.copy())
-        layer.bias.data = torch.tensor(np.asarray(biases))
-    # Pieces come first in PyTorch's channels and last in JAX's; the first layer is mixed anyway.
-    order = np.arange(12).reshape(2, 3, 2).transpose(2, 0, 1).ravel()
-    linear[0].weight.data = linear[0].weight.data[:, order]
+    twin = trajectories.as_module(start, "fc2-7-pieces2", (2, 3, 1))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.3, momentum=0.9)
     images, labels = nets.to_tensor(np.asarray(x)), torch.tensor(np.asarray(y))
     for _ in range(6):
