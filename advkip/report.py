@@ -235,11 +235,15 @@ def _paper_table(number, lines, fills):
 
 
 def _figure(folder, found, number, title, file):
-    parts = [
-        {"name": name, "path": f"{name}/{file}", "data": _embedded(folder / name / file)}
-        for name in found
-        if (folder / name / file).exists()
-    ]
+    """A figure of every run that has it; those named after another, as x-scaled, are its links."""
+    parts: list[dict] = []
+    for name in sorted(name for name in found if (folder / name / file).exists()):
+        part = {"name": name, "path": f"{name}/{file}", "variants": []}
+        run = next((one for one in parts if name.startswith(f"{one['name']}-")), None)
+        if run:
+            run["variants"].append(part)
+        else:
+            parts.append({**part, "data": _embedded(folder / name / file)})
     return {"number": number, "title": title, "parts": parts}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from advkip import records, report, tables
 from advkip.evaluate import Outcome
@@ -116,6 +117,21 @@ def test_a_page_elsewhere_links_to_the_runs(folder, monkeypatch, capsys):
     assert f"the results page: {page}" in capsys.readouterr().out
     assert 'href="../large/results.json"' in page.read_text()
     assert "small-0" not in page.read_text()
+
+
+def test_variants_of_a_run_are_links_below_its_figure(folder):
+    for name in ("large-wide", "large", "largest"):
+        if name != "large":
+            shutil.copytree(folder / "large", folder / name)
+        Image.new("RGB", (8, 8)).save(folder / name / "figure5_images_adv-kip.png")
+    text = report.build(folder, params=ROOT / "params")
+    body = text[text.index("Figure 5") : text.index("Figure 6")]
+    captions = [
+        re.sub(r"<[^>]+>", "", one) for one in re.findall(r"<figcaption>(.*?)</figcaption>", body)
+    ]
+    assert captions == ["large; its variants: large-wide", "largest"]
+    assert body.count("data:image/") == 2
+    assert 'href="large-wide/figure5_images_adv-kip.png"' in body
 
 
 def without_images(text):
