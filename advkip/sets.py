@@ -257,6 +257,18 @@ def from_path(path, *, n_classes: int = 0, center: bool = False) -> tuple[str, T
     return name, TrainingSet(*parts, kernel)
 
 
+def kept(folder, method: Method, steps: list[int]) -> dict[int, TrainingSet]:
+    """{step: `TrainingSet`} of the supports that `keep_every` left in a run's folder.
+
+    Args:
+      folder: of the run.
+      method: 'adv-kip', 'kip' or 'unrolled'.
+      steps: those wanted; one that has no file is left out.
+    """
+    paths = {step: Path(folder) / f"{method}-{step}.npz" for step in steps}
+    return {step: from_path(path)[1] for step, path in paths.items() if path.exists()}
+
+
 def sample(path, to, *, per_class: int) -> None:
     """Writes the first images of each class of a distilled set, in float16, as a set of its own.
 

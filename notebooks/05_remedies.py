@@ -55,6 +55,7 @@ remedies: dict = {
                 "choose_by": "worst-case",
                 "inner_loss": "margin",
                 "outer_loss": "hinge",
+                "keep_every": 20,
             },
         },
         {
@@ -136,11 +137,13 @@ experiment.changes()  # all else is at its default
 images = data.load(experiment.dataset.name, experiment.dataset.folder)
 splits = data.split(images, experiment)
 runs = {settings.AS_GIVEN: experiment} | experiment.variants()
-distilled = {}
+distilled, kept = {}, {}
 for title, own in runs.items():
     place = folder if own is experiment else f"{folder}/{execute.VARIANTS}/{own.name}"
     distilled[title] = distill.distill(own, data.split(images, own), checkpoint_dir=place)
     distill.save(f"{place}/adv-kip.npz", distilled[title], own, images)
+    steps = [line["step"] for line in distilled[title].history] * bool(own.adv_kip.keep_every)
+    kept[title] = sets.kept(place, "adv-kip", steps)
 
 # %%
 histories = {title: result.history for title, result in distilled.items()}
@@ -221,6 +224,50 @@ recorder.write()
 
 # %%
 display(Markdown(tables.accuracy([recorder.own()], tables=())))
+
+# %% [markdown]
+# ## What the judge is worth
+#
+# Of runs with `adv_kip.keep_every` the supports of other steps are still there. Attacked on test
+# images, they say what was there to choose from, and what each judge took of it. PGD may stand
+# still while what stronger attacks leave goes on rising; then the two choices differ.
+
+# %%
+for title, history in histories.items():
+    lines = [line for line in history if line["step"] in kept[title]]
+    choices = {
+        f"{judge}'s choice": max(lines, key=lambda line, key=key: line[key])["step"]
+        for judge, key in (("PGD", "pgd"), ("the worst case", "strong"))
+        if lines and key in lines[0]
+    }
+    named = {f"step {line['step']}": line["step"] for line in lines} | choices
+    for label, step in named.items():
+        one = kept[title][step]
+        found = protocol(sets.machine(one, experiment), x_test, y_test)
+        recorder.add(
+            found, model=f"kernel:{one.kernel.name}", training="kernel", trained_on="adv-kip",
+            variant=f"{title}, {label}", **records.of_set(one),
+        )  # fmt: skip
+        outcomes[title, label] = found
+    for label, step in choices.items():
+        left = outcomes[title, label][-1]
+        print(f"{title}: {label} is step {step}, {left.accuracy:.1%} under {left.attack}")
+recorder.write()
+
+# %%
+steps = sorted({step for one in kept.values() for step in one})
+lines = {
+    f"{title}, {outcomes[title][place].attack}": [
+        outcomes[title, f"step {step}"][place].accuracy if step in kept[title] else np.nan
+        for step in steps
+    ]
+    for title in runs
+    for place in (-2, -1)
+    if kept[title]
+}
+if lines:
+    figure = figures.accuracy_against(steps, lines, label="outer step")
+    display(figures.save(figure, folder, "remedies_steps"))
 
 # %% [markdown]
 # The images of the set that is handed on:

@@ -478,6 +478,9 @@ def test_supports_of_several_steps_stay(digits, tmp_path, monkeypatch):
     run(e, digits, checkpoint_dir=parts)
     names = sorted(path.name for path in whole.glob("adv-kip-*.npz"))
     assert names == ["adv-kip-2.npz", "adv-kip-4.npz", "adv-kip-6.npz"]
+    assert list(sets.kept(whole, "adv-kip", [0, 2, 3, 4])) == [2, 4]
+    of_two = sets.kept(whole, "adv-kip", [2])[2]
+    np.testing.assert_array_equal(of_two.x, sets.from_path(whole / names[0])[1].x)
     for name in names:
         of_step, again = (sets.from_path(folder / name) for folder in (whole, parts))
         assert of_step[0] == name.removesuffix(".npz")
@@ -493,15 +496,27 @@ def test_supports_of_several_steps_stay(digits, tmp_path, monkeypatch):
 
 
 def test_real_mnist_becomes_robust(shared_data):
-    """From nothing to something on real images: PGD accuracy starts near 0 and rises."""
-    e = experiment(
-        dataset__name="mnist", support__n_support=300, support__n_target=150,
-        dataset__n_validation=200, dataset__n_test=10, kernel__name="fc3", threat__epsilon=0.3,
-        threat__step_size=0.1, adv_kip__pgd_steps=10, adv_kip__eval_pgd_steps=10,
-        adv_kip__n_steps=40, adv_kip__eval_every=40,
-    )  # fmt: skip
+    """From nothing to something on held-out real images, and with margin and hinge to more.
+
+    The paper's losses look better under PGD on the cross-entropy, from which they partly hide.
+    """
     mnist = data.load("mnist", shared_data)
-    history = distill.distill(e, data.split(mnist, e), progress=False).history
-    assert history[0]["pgd"] <= 0.02
-    assert history[-1]["pgd"] >= 0.1
-    assert history[-1]["clean"] >= 0.8
+
+    def history(**losses):
+        e = experiment(
+            dataset__name="mnist", support__n_support=300, support__n_target=150,
+            dataset__n_validation=400, dataset__n_test=10, kernel__name="fc3", threat__epsilon=0.3,
+            threat__step_size=0.1, adv_kip__pgd_steps=10, adv_kip__eval_pgd_steps=10,
+            adv_kip__n_steps=60, adv_kip__eval_every=60, adv_kip__choose_by="worst-case", **losses,
+        )  # fmt: skip
+        return distill.distill(e, data.split(mnist, e), progress=False).history
+
+    start, paper = history()
+    _, margin = history(adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge")
+    assert start["pgd"] <= 0.02
+    assert start["strong"] == 0
+    assert paper["pgd"] >= 0.1
+    assert paper["clean"] >= 0.7
+    assert margin["clean"] >= 0.8
+    assert margin["strong"] >= paper["strong"] + 0.02 >= 0.04
+    assert margin["pgd"] - margin["strong"] < paper["pgd"] - paper["strong"]
