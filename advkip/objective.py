@@ -21,6 +21,13 @@ in which x_i' and w_i are constants. The paper has w_i = 1/T, c = p = 0, and l t
     attack  inner_loss; random_start, restarts, step_rule: see `attacks.pgd`. 'targeted' pushes each
             image to a class of its own, drawn anew; 'mixture' gives a third of the batch to the
             cross-entropy, the margin and targets each
+    f       the machine of S = (x_s, y_s) with the ridge and the kernel of `kernel`; with
+            `kernel.name` fc1-mirror it averages over an image and its mirror image
+    (x, y)  drawn anew each step; support.mirror mirrors half of the x_i
+    S       at the start n_support / copies drawn images, each `copies` times, all but the first
+            with noise (copy_noise) and, with support.mirror, every second one mirrored;
+            y_s = label_scale times the class's vector. support.clip takes x_s back to the pixel
+            range after each step; steps follow the optimizer and schedule
 """
 
 import dataclasses

@@ -4,7 +4,8 @@
  "data": {setting that names a file: digest of its content},
  "environment": {versions, commit, device, seconds},
  "rows": [one measured accuracy each],
- "diagnoses": [one `diagnose.Diagnosis` each, where there are]}
+ "diagnoses": [one `diagnose.Diagnosis` each, where there are],
+ "notes": {notebook: {what: figures of another form}, where there are}}
 """
 
 import importlib.metadata
@@ -52,7 +53,7 @@ class Recorder:
         check_folder(
             folder, experiment, f"output = '{folder}-2' for a folder of its own, or delete it"
         )
-        self.rows, self.diagnoses = [], []
+        self.rows, self.diagnoses, self.notes = [], [], {}
         self._environment, self._began = environment(), time.time()
         self._data = preflight.digests(experiment)
 
@@ -75,12 +76,17 @@ class Recorder:
         if diagnosis:
             self.diagnoses.append(same | diagnosis.to_dict())
 
+    def note(self, **found) -> None:
+        """Keeps what is no accuracy of a model under an attack: dicts of numbers and texts."""
+        self.notes |= found
+
     def own(self) -> dict:
         """The record of this run alone: what a notebook's own tables are made from."""
         return {
             "experiment": self.experiment.to_dict(), "data": self._data,
             "environment": self._environment,
             "rows": self.rows, "diagnoses": self.diagnoses,
+            "notes": {self.notebook: self.notes} if self.notes else {},
         }  # fmt: skip
 
     def _stays(self, notebook, old):
@@ -97,6 +103,8 @@ class Recorder:
             stays = cache(partial(self._stays, old=old))
             for key in ("rows", "diagnoses"):
                 own[key] = [one for one in old.get(key, []) if stays(one["notebook"])] + own[key]
+            others = {k: v for k, v in old.get("notes", {}).items() if stays(k)}
+            own["notes"] = others | own["notes"]
             seconds = old["environment"].get("seconds", {})
             seconds = {k: v for k, v in seconds.items() if stays(k)}
             own["data"] = old.get("data", {}) | own["data"]
@@ -104,8 +112,9 @@ class Recorder:
             seconds = {}
         seconds |= {self.notebook: round(time.time() - self._began, 1)}
         record = own | {"environment": {**self._environment, "seconds": seconds}}
-        if not record["diagnoses"]:
-            del record["diagnoses"]
+        for key in ("diagnoses", "notes"):
+            if not record[key]:
+                del record[key]
         check(record)
         with files.replacing(self.path) as file:
             file.write((json.dumps(record, indent=1) + "\n").encode())

@@ -429,7 +429,7 @@ if left:
 # %%
 original = data.draw_original(experiment, splits)
 mean, std = float(original.x.mean()), float(original.x.std())
-plain = recipe.Recipe.of(settings.CONVOLUTIONAL, experiment)
+plain = recipe.Recipe.of(experiment.cnns, experiment)
 first = experiment.net_seeds()[0]
 net = nets.build("simple-cnn", shape=original.x.shape[1:], n_classes=splits.n_classes, seed=first)
 trained = training.train(
@@ -438,6 +438,8 @@ trained = training.train(
 )  # fmt: skip
 ball = {"epsilon": min(1.0, experiment.threat.epsilon), "step_size": experiment.threat.step_size}
 printed = published.compare(trained.net.net, x_test, y_test, mean=mean, std=std, **ball)
+recorder.note(published={"model": "simple-cnn", "mean": mean, "std": std} | printed._asdict())
+recorder.write()
 print(f"clean {printed.clean:.1%};", printed.sentence())
 
 # %% [markdown]

@@ -173,19 +173,48 @@ def test_random_start_depends_on_the_key_alone(rng):
     assert not np.array_equal(runs[0], runs[2])
 
 
-def test_attack_on_a_kernel_machine_equals_attack_on_plain_autodiff(rng):
-    x_s, y_s = jnp.asarray(rng.uniform(0, 1, (20, *SHAPE))), jnp.asarray(rng.normal(size=(20, 3)))
+def written_out(name, aim):
+    """Losses of one image's logits z and class y, from their definitions."""
+
+    def margin(z, y):
+        return jnp.delete(z, y, assume_unique_indices=True).max() - z[y]
+
+    return {
+        "cross-entropy": lambda z, y: jnp.log(jnp.exp(z).sum()) - z[y],
+        "mse": lambda z, y: ((z - jnp.eye(4)[y]) ** 2).sum() / 2,
+        "margin": margin,
+        "dlr": lambda z, y: margin(z, y) / (jnp.sort(z)[-1] - jnp.sort(z)[-3]),
+        "targeted": lambda z, y: z[aim] - z[y],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "mse", "margin", "dlr", "targeted"])
+def test_attack_on_a_kernel_machine_equals_one_written_out(rng, name):
+    """Steps along the sign of plain autodiff through neural_tangents' kernel, image by image."""
+    x_s, y_s = jnp.asarray(rng.uniform(0, 1, (20, *SHAPE))), jnp.asarray(rng.normal(size=(20, 4)))
     machine = krr.fit(kernels.by_name("fc2"), x_s, y_s).machine
     stax = kernels.stax_module()
     dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * 2
     net = stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))
-    x, y = jnp.asarray(rng.uniform(0, 1, (8, *SHAPE))), rng.integers(0, 3, 8)
-    settings = {"threat": Threat("linf", 0.2), "n_steps": 5, "step_size": 0.05}
-    ours = attacks.pgd(machine, x, y, **settings)
-    plain = attacks.pgd(lambda x: net[2](x, x_s, "ntk") @ machine.alpha, x, y, **settings)
-    np.testing.assert_allclose(ours, plain, atol=1e-12)
-    raised = losses.cross_entropy(machine(ours), np.eye(3)[y])
-    assert (raised > losses.cross_entropy(machine(x), np.eye(3)[y])).all()
+    x = jnp.asarray(rng.uniform(0, 1, (3, *SHAPE)))
+    y = np.asarray(machine(x).argmax(1))
+    aim = (y + rng.integers(1, 4, 3)) % 4
+    ours = attacks.pgd(
+        machine, x, jnp.eye(4)[y], threat=Threat("linf", 0.2), n_steps=3, step_size=0.05, loss=name,
+        aim=aim if name == "targeted" else None,
+    )  # fmt: skip
+    for i in range(len(x)):
+        loss, point = written_out(name, aim[i]), x[i]
+
+        def raised(point, y=y[i], loss=loss):
+            return loss((net[2](point[None], x_s, "ntk") @ machine.alpha)[0], y)
+
+        before = raised(point)
+        for _ in range(3):
+            point = point + 0.05 * jnp.sign(jax.grad(raised)(point))
+            point = jnp.clip(point, jnp.maximum(x[i] - 0.2, 0), jnp.minimum(x[i] + 0.2, 1))
+        np.testing.assert_allclose(ours[i], point, atol=1e-12)
+        assert raised(point) > before
 
 
 def test_losses_closed_form():

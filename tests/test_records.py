@@ -56,6 +56,22 @@ def test_notebooks_share_a_file(tmp_path):
     assert set(again["environment"]["seconds"]) == {"01_kernels", "02_transfer"}
 
 
+def test_notes_of_notebooks_stay_beside_each_other(tmp_path):
+    def noted(notebook, value, **settings):
+        e = of_the_paper("mnist", **settings)
+        recorder = records.Recorder(e, tmp_path, notebook)
+        recorder.note(published={"clean": value})
+        return recorder.write()["notes"]
+
+    assert noted("05_remedies", 0.5) == {"05_remedies": {"published": {"clean": 0.5}}}
+    both = noted("02_transfer", 0.25)
+    assert both == {n: {"published": {"clean": c}} for n, c in
+                    (("05_remedies", 0.5), ("02_transfer", 0.25))}  # fmt: skip
+    assert records.read(tmp_path / "results.json")["notes"] == both
+    assert list(noted("02_transfer", 0.1, remedies__epochs=7)) == ["02_transfer"]
+    assert "notes" not in write(tmp_path / "other")
+
+
 def test_a_folder_holds_results_of_one_experiment(tmp_path):
     """As the runner has it, so has a notebook that is run by hand."""
     before = write(tmp_path, threat__epsilon=0.3)
