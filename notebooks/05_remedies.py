@@ -114,7 +114,7 @@ from advkip import (
     tables,
     training,
 )  # fmt: skip
-from advkip.config import Experiment
+from advkip.config import MACHINE, Experiment
 
 experiment = Experiment.from_notebook(globals(), "05_remedies")
 kernels.set_precision(experiment.kernel.dtype)
@@ -224,6 +224,27 @@ recorder.write()
 
 # %%
 display(Markdown(tables.accuracy([recorder.own()], tables=())))
+
+# %% [markdown]
+# Variants that differ from the experiment in their number of images (`support.n_support`) alone say
+# what more images are worth.
+
+# %%
+usual = {"n_support": experiment.support.n_support}
+sizes = {
+    own.support.n_support: title
+    for title, own in runs.items()
+    if own.replace(support=usual).of(*MACHINE, "adv_kip") == experiment.of(*MACHINE, "adv_kip")
+}
+if len(sizes) > 1:
+    lines = {
+        outcomes[settings.AS_GIVEN][place].attack: [
+            outcomes[sizes[n]][place].accuracy for n in sorted(sizes)
+        ]
+        for place in (0, -2, -1)
+    }
+    figure = figures.accuracy_against(sorted(sizes), lines, label="images in the set", log=True)
+    display(figures.save(figure, folder, "remedies_sizes"))
 
 # %% [markdown]
 # ## What the judge is worth
