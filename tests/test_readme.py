@@ -4,9 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from advkip import data, distill, nets, run
+from advkip import data, distill, nets, run, sets
+from tests.sections import SMALL_SETS, changed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +25,7 @@ def here():
 
 
 def test_they_are_found():
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert len(COMMANDS) >= 1
 
 
@@ -35,6 +37,23 @@ def test_ones_own_kernel(here):
     exec(snippet.replace(given, less), here)
     assert isinstance(here["result"], distill.Distilled)
     assert here["result"].x_support.shape == (20, 8, 8, 1)
+
+
+def test_labels_that_say_more_in_ones_own_training(here, tmp_path):
+    """The network comes to answer unseen images as the machine does, in plain training."""
+    snippet = next(one for one in PYTHON if "relabelled.npz" in one)
+    path = re.search(r'"(reports/.*relabelled\.npz)"', snippet)[1]
+    e = changed(SMALL_SETS, kip=None, networks__n_original=1000, relabelling__copies=2)
+    digits = data.load("digits")
+    splits = data.split(digits, e)
+    teacher = sets.load(["relabelled", "adv-kip"], e, splits, digits, tmp_path)["adv-kip"]
+    machine = np.asarray(sets.machine(teacher, e)(splits.x_test)).argmax(1)
+    x = nets.to_tensor(splits.x_test)
+    before = nets.to_numpy(here["net"](x)).argmax(1)
+    exec(snippet.replace(path, str(tmp_path / "relabelled.npz")), here)
+    after = nets.to_numpy(here["net"](x)).argmax(1)
+    assert (before == machine).mean() < 0.4
+    assert (after == machine).mean() > 0.7
 
 
 def test_ones_own_network_under_attack(here, capsys):
