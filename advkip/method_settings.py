@@ -231,7 +231,7 @@ class Remedies(Networks):
         Variant(
             name="FC1, margin and hinge",
             kernel={"name": "fc1"},
-            adv_kip=HINGE | {"keep_every": 20},
+            adv_kip=HINGE | {"eval_every": 20, "keep_every": 20},
         ),
         Variant(name="the same in 3 pieces", kernel={"name": "fc1-pieces3"}, adv_kip=HINGE),
     )

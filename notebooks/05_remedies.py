@@ -55,6 +55,7 @@ remedies: dict = {
                 "choose_by": "worst-case",
                 "inner_loss": "margin",
                 "outer_loss": "hinge",
+                "eval_every": 20,
                 "keep_every": 20,
             },
         },
@@ -142,8 +143,11 @@ for title, own in runs.items():
     place = folder if own is experiment else f"{folder}/{execute.VARIANTS}/{own.name}"
     distilled[title] = distill.distill(own, data.split(images, own), checkpoint_dir=place)
     distill.save(f"{place}/adv-kip.npz", distilled[title], own, images)
-    steps = [line["step"] for line in distilled[title].history] * bool(own.adv_kip.keep_every)
-    kept[title] = sets.kept(place, "adv-kip", steps)
+    every = own.adv_kip.keep_every or own.adv_kip.n_steps + 1
+    steps = [line["step"] for line in distilled[title].history if line["step"] % every == 0]
+    kept[title] = sets.kept(place, "adv-kip", steps[1:])  # without step 0
+    if len(kept[title]) < len(steps) - 1:
+        print(f"{title}: supports were not kept; for those of other steps delete {place}")
 
 # %%
 histories = {title: result.history for title, result in distilled.items()}
@@ -230,18 +234,21 @@ display(Markdown(tables.accuracy([recorder.own()], tables=())))
 # what more images are worth.
 
 # %%
-usual = {"n_support": experiment.support.n_support}
+rest = {
+    title: own.of(*MACHINE, "adv_kip", without=["support.n_support"]) for title, own in runs.items()
+}
 sizes = {
     own.support.n_support: title
     for title, own in runs.items()
-    if own.replace(support=usual).of(*MACHINE, "adv_kip") == experiment.of(*MACHINE, "adv_kip")
+    if rest[title] == rest[settings.AS_GIVEN]
 }
+strongest = range(len(outcomes[settings.AS_GIVEN]))[-2:]  # places of the last two attacks
 if len(sizes) > 1:
     lines = {
         outcomes[settings.AS_GIVEN][place].attack: [
             outcomes[sizes[n]][place].accuracy for n in sorted(sizes)
         ]
-        for place in (0, -2, -1)
+        for place in {0, *strongest}
     }
     figure = figures.accuracy_against(sorted(sizes), lines, label="images in the set", log=True)
     display(figures.save(figure, folder, "remedies_sizes"))
@@ -255,13 +262,13 @@ if len(sizes) > 1:
 
 # %%
 for title, history in histories.items():
-    lines = [line for line in history if line["step"] in kept[title]]
     choices = {
-        f"{judge}'s choice": max(lines, key=lambda line, key=key: line[key])["step"]
+        f"{judge}'s choice": max(history, key=lambda line, key=key: line[key])["step"]
         for judge, key in (("PGD", "pgd"), ("the worst case", "strong"))
-        if lines and key in lines[0]
+        if key in history[0]
     }
-    named = {f"step {line['step']}": line["step"] for line in lines} | choices
+    choices = {label: step for label, step in choices.items() if step in kept[title]}
+    named = {f"step {step}": step for step in kept[title]} | choices
     for label, step in named.items():
         one = kept[title][step]
         found = protocol(sets.machine(one, experiment), x_test, y_test)
@@ -283,7 +290,7 @@ lines = {
         for step in steps
     ]
     for title in runs
-    for place in (-2, -1)
+    for place in strongest
     if kept[title]
 }
 if lines:
