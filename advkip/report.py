@@ -267,7 +267,7 @@ def evidence(name: str, record: dict) -> dict:
     attacks = list(dict.fromkeys(attack for one in diagnoses for attack in one["broken"]))
     rows = [
         {"title": records.title(one["model"], one["trained_on"], one["training"])
-         + f", {one['variant']}" * ("variant" in one),
+         + (f", {one['variant']}" if "variant" in one else ""),
          "verdict": one["verdict"], "claimed": 100 * one["claimed"], "strong": 100 * one["strong"],
          "broken": [one["broken"].get(attack) for attack in attacks]}
         for one in diagnoses

@@ -119,6 +119,19 @@ def test_a_page_elsewhere_links_to_the_runs(folder, monkeypatch, capsys):
     assert "small-0" not in page.read_text()
 
 
+def test_evidence_names_what_each_verdict_is_of():
+    found = {
+        "kept": [1.0], "verdict": "genuine", "model": "kernel:fc3", "trained_on": "adv-kip",
+        "training": "kernel", "n_test": 20, "claimed": 0.5, "strong": 0.4,
+        "broken": {"square": 0.1},
+    }  # fmt: skip
+    other = found | {"variant": "hinge outside", "broken": {}}
+    made = report.evidence("one", {"diagnoses": [found, other]})
+    titles = ["kernel:fc3: adv-kip", "kernel:fc3: adv-kip, hinge outside"]
+    assert [row["title"] for row in made["rows"]] == titles
+    assert [row["broken"] for row in made["rows"]] == [[0.1], [None]]
+
+
 def test_variants_of_a_run_are_links_below_its_figure(folder):
     for name in ("large-wide", "large", "largest"):
         if name != "large":
