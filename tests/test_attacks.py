@@ -173,18 +173,18 @@ def test_random_start_depends_on_the_key_alone(rng):
     assert not np.array_equal(runs[0], runs[2])
 
 
-def written_out(name, aim):
-    """Losses of one image's logits z and class y, from their definitions."""
+def written_out(name):
+    """Losses of one image's logits z, class y and another class aim, from their definitions."""
 
     def margin(z, y):
         return jnp.delete(z, y, assume_unique_indices=True).max() - z[y]
 
     return {
-        "cross-entropy": lambda z, y: jnp.log(jnp.exp(z).sum()) - z[y],
-        "mse": lambda z, y: ((z - jnp.eye(4)[y]) ** 2).sum() / 2,
-        "margin": margin,
-        "dlr": lambda z, y: margin(z, y) / (jnp.sort(z)[-1] - jnp.sort(z)[-3]),
-        "targeted": lambda z, y: z[aim] - z[y],
+        "cross-entropy": lambda z, y, aim: jnp.log(jnp.exp(z).sum()) - z[y],
+        "mse": lambda z, y, aim: ((z - jnp.eye(4)[y]) ** 2).sum() / 2,
+        "margin": lambda z, y, aim: margin(z, y),
+        "dlr": lambda z, y, aim: margin(z, y) / (jnp.sort(z)[-1] - jnp.sort(z)[-3]),
+        "targeted": lambda z, y, aim: z[aim] - z[y],
     }[name]
 
 
@@ -196,25 +196,27 @@ def test_attack_on_a_kernel_machine_equals_one_written_out(rng, name):
     stax = kernels.stax_module()
     dense = [stax.Dense(1, W_std=2**0.5, b_std=0.1), stax.Relu()] * 2
     net = stax.serial(stax.Flatten(), *dense, stax.Dense(1, W_std=2**0.5, b_std=0.1))
-    x = jnp.asarray(rng.uniform(0, 1, (3, *SHAPE)))
+    x = jnp.asarray(rng.uniform(0, 1, (8, *SHAPE)))
     y = np.asarray(machine(x).argmax(1))
-    aim = (y + rng.integers(1, 4, 3)) % 4
+    aim = (y + rng.integers(1, 4, 8)) % 4
+    radius = 0.04 if name == "dlr" else 0.2  # dlr is flat, and 1, where the right class is third
     ours = attacks.pgd(
-        machine, x, jnp.eye(4)[y], threat=Threat("linf", 0.2), n_steps=3, step_size=0.05, loss=name,
-        aim=aim if name == "targeted" else None,
+        machine, x, jnp.eye(4)[y], threat=Threat("linf", radius), n_steps=5, step_size=radius / 4,
+        loss=name, aim=aim if name == "targeted" else None,
     )  # fmt: skip
+
+    @jax.jit
+    @jax.value_and_grad
+    def raised(point, y, aim):
+        return written_out(name)((net[2](point[None], x_s, "ntk") @ machine.alpha)[0], y, aim)
+
     for i in range(len(x)):
-        loss, point = written_out(name, aim[i]), x[i]
-
-        def raised(point, y=y[i], loss=loss):
-            return loss((net[2](point[None], x_s, "ntk") @ machine.alpha)[0], y)
-
-        before = raised(point)
-        for _ in range(3):
-            point = point + 0.05 * jnp.sign(jax.grad(raised)(point))
-            point = jnp.clip(point, jnp.maximum(x[i] - 0.2, 0), jnp.minimum(x[i] + 0.2, 1))
+        point, before = x[i], raised(x[i], y[i], aim[i])[0]
+        for _ in range(5):
+            point = point + radius / 4 * jnp.sign(raised(point, y[i], aim[i])[1])
+            point = jnp.clip(point, jnp.maximum(x[i] - radius, 0), jnp.minimum(x[i] + radius, 1))
         np.testing.assert_allclose(ours[i], point, atol=1e-12)
-        assert raised(point) > before
+        assert raised(point, y[i], aim[i])[0] > before
 
 
 def test_losses_closed_form():

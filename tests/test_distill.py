@@ -507,16 +507,16 @@ def test_real_mnist_becomes_robust(shared_data):
             dataset__name="mnist", support__n_support=300, support__n_target=150,
             dataset__n_validation=400, dataset__n_test=10, kernel__name="fc3", threat__epsilon=0.3,
             threat__step_size=0.1, adv_kip__pgd_steps=10, adv_kip__eval_pgd_steps=10,
-            adv_kip__n_steps=60, adv_kip__eval_every=60, adv_kip__choose_by="worst-case", **losses,
+            adv_kip__n_steps=60, adv_kip__eval_every=20, adv_kip__choose_by="worst-case", **losses,
         )  # fmt: skip
         return distill.distill(e, data.split(mnist, e), progress=False).history
 
-    start, paper = history()
-    _, margin = history(adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge")
+    start, _, early, paper = history()
+    *_, margin = history(adv_kip__inner_loss="margin", adv_kip__outer_loss="hinge")
     assert start["pgd"] <= 0.02
     assert start["strong"] == 0
-    assert paper["pgd"] >= 0.1
-    assert paper["clean"] >= 0.7
+    assert early["pgd"] >= 0.1
+    assert early["clean"] >= 0.8
     assert margin["clean"] >= 0.8
     assert margin["strong"] >= paper["strong"] + 0.02 >= 0.04
     assert margin["pgd"] - margin["strong"] < paper["pgd"] - paper["strong"]
