@@ -155,9 +155,16 @@ figures.save(figures.training_curves(histories), folder, "remedies_curves")
 
 # %%
 judged = {title: one for title, one in histories.items() if "strong" in one[0]}
-for title, history in judged.items():
-    for judge, key in (("PGD", "pgd"), ("the worst case", "strong")):
-        line = max(history, key=lambda line, key=key: line[key])
+likes = {
+    title: {
+        judge: max(history, key=lambda line, key=key: line[key])
+        for judge, key in (("PGD", "pgd"), ("the worst case", "strong"))
+        if key in history[0]
+    }
+    for title, history in histories.items()
+}
+for title in judged:
+    for judge, line in likes[title].items():
         print(f"{title}: {judge} likes step {line['step']}, of which {line['strong']:.1%} is left")
 
 # %% [markdown]
@@ -261,12 +268,8 @@ if len(sizes) > 1:
 # still while what stronger attacks leave goes on rising; then the two choices differ.
 
 # %%
-for title, history in histories.items():
-    choices = {
-        f"{judge}'s choice": max(history, key=lambda line, key=key: line[key])["step"]
-        for judge, key in (("PGD", "pgd"), ("the worst case", "strong"))
-        if key in history[0]
-    }
+for title, liked in likes.items():
+    choices = {f"{judge}'s choice": line["step"] for judge, line in liked.items()}
     choices = {label: step for label, step in choices.items() if step in kept[title]}
     named = {f"step {step}": step for step in kept[title]} | choices
     for label, step in named.items():
