@@ -37,7 +37,8 @@ def aggregated(
 
     Args:
       first: images (N, H, W, C) with labels (N, C) and perhaps features.
-      answer: labels and features (n, C + F) of images (n, H, W, C).
+      answer: labels and features (n, C + F) of images (n, H, W, C); None: an attacked image has
+        those of the image that it was.
       experiment: whose `relabelling`, threat and seed are used, and its section of the scout's kind
         for the recipe.
       watched: the validation images that choose a scout's epoch.
@@ -96,7 +97,7 @@ def _stored(scout, x, y, classes, answer, recipe, seed, folder, number):
         return store.load(path, (x, y), about=about)[0]
     found = attacked(scout, x, y[:, :classes], recipe=recipe, seed=seed)
     found = found if inputs.as_eight_bit(x) is None else relabel.rounded(found)
-    labels = answer(found).astype(y.dtype)
+    labels = answer(found).astype(y.dtype) if answer else y
     if path:
         store.save(path, (found, labels), about=about)
     return found, labels
@@ -105,8 +106,9 @@ def _stored(scout, x, y, classes, answer, recipe, seed, folder, number):
 def attacked(net, x, y, *, recipe: Recipe, seed) -> np.ndarray:
     """Images (n, H, W, C), pushed from the class of their largest label towards one of the next.
 
-    PGD from a random start in the ball of the recipe's threat, on the difference of two logits
-    (`torch_attacks.towards`), in the recipe's precision.
+    Of equal labels those that the network finds likelier come first. PGD from a random start in the
+    ball of the recipe's threat, on the difference of two logits (`torch_attacks.towards`), in the
+    recipe's precision.
 
     Args:
       net: in evaluation mode.
@@ -115,7 +117,10 @@ def attacked(net, x, y, *, recipe: Recipe, seed) -> np.ndarray:
       seed: of the starts and of the classes.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.as_tensor(y).sort(dim=1, descending=True, stable=True).indices
+    likely = torch.as_tensor(relabel.answers(net, x)[:, : y.shape[1]])
+    order = likely.argsort(dim=1, descending=True, stable=True)
+    labels = torch.as_tensor(y).gather(1, order)
+    order = order.gather(1, labels.argsort(dim=1, descending=True, stable=True))
     rank = torch.randint(1, min(RIVALS + 1, y.shape[1]), (len(y), 1), generator=generator)
     top, aim = order[:, 0], order.gather(1, rank)[:, 0]
     size, parts = nets.batch_size(net, x.shape[1:]), []

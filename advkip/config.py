@@ -83,11 +83,6 @@ class Experiment(Section):
                 f"expected adv_kip.attack_precision 'full' with kernel.dtype 'float64', got "
                 f"{precision!r}; pass 'full', or dtype 'float32'"
             )
-        if self.relabelling.kind == "mixup" and self.relabelling.noise is not None:
-            raise ValueError(
-                "expected relabelling.noise null with relabelling.kind 'mixup', got "
-                f"{self.relabelling.noise}; pass kind 'noise'"
-            )
         if "01_kernels" in self.notebooks and not self.methods:
             raise ValueError("expected adv_kip or kip, got null for both; pass settings of one")
         if self.unrolled and self.unrolled.start_from == "adv-kip" and not self.adv_kip:
@@ -104,11 +99,11 @@ class Experiment(Section):
             made = needed.intersection(get_args(s.Method))
             missing = [name for name in made if not self.distillation(name)]
             at = self.adversarial_training
-            robust = self.relabelling.teacher == m.ADVERSARIAL and "relabelled" in sets
+            robust = self.relabelling.teacher == s.ADVERSARIAL and "relabelled" in sets
             if notebook in self.notebooks and robust and not (at and at.nets):
                 raise ValueError(
                     "expected adversarial_training with nets behind relabelling.teacher "
-                    f"{m.ADVERSARIAL!r}, got none; pass them, or the path of a distilled set"
+                    f"{s.ADVERSARIAL!r}, got none; pass them, or the path of a distilled set"
                 )
             if notebook in self.notebooks and missing:
                 raise ValueError(

@@ -14,21 +14,21 @@ all of rank C (plus the trace term of the relative ridge), so the kernel's pullb
 `kernel`) carries them to the images in tiles that are formed, used and dropped. Every tile is
 spread over all devices (`devices.over_rows`); K_SS and the solves are on each of them.
 
-What S a given memory allows. One array of S x S; the support, its gradient, Adam's two moments,
-a copy of the best and the factor's support, of S x D each; the target batch twice; tiles. In
-float32, in bytes,
+What S a given memory allows. One array of S x S; the support and Adam's two moments, old and new,
+the gradient, a copy of the best and the factor's support, of S x D each; the target batch twice; up
+to 8 kB an image for conjugate gradients; tiles and programs. In float32, in bytes,
 
-    4 S^2 + 24 S D + 8 T D + tiles (64 MiB on a CPU, 1/32 of the memory on an accelerator)
+    4 S^2 + 36 S D + 8 T D + 8,000 S + 1e9 (on accelerators tiles take 1/32 of the memory more)
 
-so that, with T = S / 4 and a tenth of the memory to spare,
+which is 5.7 GB at S 30,000, D 784 and 12.2 GB at S 40,000, D 3,072; measured, with T 2,000, were 5.8
+and 12.1 (reports/benchmarks). With T = S / 4 and a tenth of the memory to spare,
 
     memory        8 GB   12 GB   16 GB   24 GB   40 GB    80 GB
-    D = 784     39,500  49,000  57,000  70,500  92,000  132,000
-    D = 3,072   33,000  42,500  50,500  64,000  85,000  124,000
+    D = 784     35,000  45,000  53,000  67,000  89,000  128,500
+    D = 3,072   26,500  36,500  44,500  58,000  79,000  118,500
 
 and in float64 what half the memory allows. On accelerators JAX's own Cholesky, up to
-`devices.CHOLESKY_DIRECT` rows, works in two more arrays of S x S; beyond, and on CPUs, there
-are none. Conjugate gradients with an earlier factor take up to 8 kB for each of the S images.
+`devices.CHOLESKY_DIRECT` rows, works in two more arrays of S x S.
 
 `kernel` below is a `kernel.Kernel`; S support, T target, C classes.
 """

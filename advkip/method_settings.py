@@ -16,9 +16,6 @@ MIXTURE = ("cross-entropy", "margin", "targeted")
 """Inner losses that share a target batch in 'mixture'."""
 
 
-ADVERSARIAL = "adversarial"
-"""The teacher of relabelled sets that is a network of adversarial_training (`sets`)."""
-
 OPTIMIZERS = Literal[
     "adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rmsprop", "sgd", "yogi"
 ]

@@ -9,8 +9,7 @@ import numpy as np
 from advkip import data, files, growth, inputs
 from advkip.attack_names import Attack
 from advkip.config import Experiment, sections
-from advkip.method_settings import ADVERSARIAL
-from advkip.settings import PUBLISHED, SETS, is_path
+from advkip.settings import PUBLISHED, SETS, TEACHERS, is_path
 
 
 def check(experiment: Experiment, to_come: Iterable[Path] = ()) -> None:
@@ -92,7 +91,7 @@ def _paths(experiment):
     names = _asked(experiment)
     paths = [name for name in names if is_path(name)]
     teacher = experiment.relabelling.teacher
-    if "relabelled" in names and teacher and teacher != ADVERSARIAL:
+    if "relabelled" in names and teacher and teacher not in TEACHERS:
         paths.append(teacher)
     return list(dict.fromkeys(paths))
 

@@ -5,7 +5,8 @@ adv-kip, kip      what `distill` makes of the experiment, or has made of it in t
 unrolled          the same with networks in the kernel's place (`unrolled`)
 noisy             'original' and copies of it, with noise or mixed (`relabel`)
 relabelled        the same images, labelled by the machine of `relabelling.teacher` or of 'adv-kip',
-                  or by an adversarially trained network, robust because of its training;
+                  or by an adversarially trained network, robust because of its training; for
+                  comparison by the machine of 'original' images, or still with their 'classes';
                   with `relabelling.rounds` also attacked ones (`aggregate`)
 robust-features   made with an adversarially trained network (`invert`)
 a path            an .npz of `data`'s layout, as another experiment's adv-kip.npz; or a folder with
@@ -36,9 +37,9 @@ from advkip import (
 )
 from advkip.config import Experiment
 from advkip.data import TrainingSet
-from advkip.method_settings import ADVERSARIAL, Unrolled
+from advkip.method_settings import Unrolled
 from advkip.relabel import NOISY, RELABELLED
-from advkip.settings import Kernel, Method, is_path
+from advkip.settings import ADVERSARIAL, CLASSES, ORIGINAL, Kernel, Method, is_path
 
 ROBUST_FEATURES, UNROLLED = "robust-features", "unrolled"
 
@@ -69,7 +70,7 @@ def load(
         if is_path(name):
             name, chosen = from_path(name, n_classes=splits.n_classes, **_center(experiment))
             data.check_fits(name, *chosen[:2], splits.x_test.shape[1:], splits.n_classes)
-        elif name == "original":
+        elif name == ORIGINAL:
             chosen = data.draw_original(experiment, splits)
         elif name == NOISY:
             chosen = noisy(experiment, splits)
@@ -110,7 +111,7 @@ class Teacher(NamedTuple):
 
     name: str  # what tables call it
     kernel: Kernel  # of its machine; of a network the experiment's
-    answer: Callable  # label vectors (n, C) of images (n, H, W, C)
+    answer: Callable | None  # label vectors (n, C) of images (n, H, W, C); None: their own
 
 
 def relabelled(
@@ -124,6 +125,11 @@ def relabelled(
       ValueError, FloatingPointError: as `relabel.relabelled` and `training.train`.
     """
     chosen, shift = noisy(experiment, splits), experiment.relabelling.shift
+    n = experiment.networks.n_watch
+    watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
+    if teacher.answer is None:
+        named = chosen._replace(teacher=teacher.name)
+        return aggregate.aggregated(named, None, experiment, watched, folder)
     found = teacher.answer(chosen.x)
     made = relabel.relabelled(chosen, found, teacher=teacher.name)
     scale = made.y.std() / found.std()
@@ -137,8 +143,6 @@ def relabelled(
     if shift:
         named = made.teacher + relabel.FEATURES
         made = made._replace(features=features(chosen.x), teacher=named)
-    n = experiment.networks.n_watch
-    watched = training.Watched(splits.x_validation[:n], splits.y_validation[:n])
     return aggregate.aggregated(made, answer, experiment, watched, folder)
 
 
@@ -151,13 +155,18 @@ def _teacher(distilled, experiment, splits, dataset, folder) -> Teacher:
     path, rows = experiment.relabelling.teacher, experiment.kernel.block_size or 0
     if path == ADVERSARIAL:
         return _adversarially_trained(experiment, splits, folder)
-    if path is not None:
+    if path == CLASSES:
+        return Teacher(CLASSES, experiment.kernel, None)
+    if path == ORIGINAL:
+        its = TrainingSet(*distill.initial_support(experiment, splits), experiment.kernel)
+    elif path is not None:
         its = _named(path, experiment, splits)
     else:
         its = distilled or _distilled("adv-kip", experiment, splits, dataset, folder)
     kernel = its.kernel or experiment.kernel
+    name = f"{ORIGINAL} {kernel.name}" if path == ORIGINAL else kernel.name
     answer = partial(relabel.answers, machine(its, experiment), batch_size=rows)
-    return Teacher(kernel.name, kernel, answer)
+    return Teacher(name, kernel, answer)
 
 
 def _adversarially_trained(experiment, splits, folder) -> Teacher:

@@ -34,7 +34,12 @@ Method = Literal["adv-kip", "kip", "unrolled"]
 METHODS: tuple[Method, ...] = ("adv-kip", "kip")
 """Those with a kernel."""
 
-SETS = ("original", *METHODS, "unrolled", "noisy", "relabelled", "robust-features")
+ADVERSARIAL, ORIGINAL, CLASSES = "adversarial", "original", "classes"
+TEACHERS = (ADVERSARIAL, ORIGINAL, CLASSES)
+"""Of relabelled sets, by name (`sets`): a network of adversarial_training; and two controls, the
+machine of as many original images as support images, and none, so that classes stay."""
+
+SETS = (ORIGINAL, *METHODS, "unrolled", "noisy", "relabelled", "robust-features")
 """Names of training sets; anything else is a path (see `sets`)."""
 
 
@@ -280,12 +285,26 @@ class Relabelling(Section):
     mirror: bool = False
     """mirrors half of the images of each copy but the first"""
     teacher: str | None = None
-    """a distilled set, an .npz, whose machine answers, or 'adversarial' (`sets`); null: adv-kip"""
+    """a distilled set, an .npz, whose machine answers, or 'adversarial', 'original' or 'classes'
+    (`sets`); null: adv-kip"""
     rounds: Annotated[int, Field(ge=0)] = 0
     """of attacks on `scout`, trained as those of its kind, whose images are added (`aggregate`)"""
     scout: Net = "fc3-1024"
     shift: Annotated[int, Field(ge=0, le=8)] = 0
     """pixels by which images are moved for features: what the teacher answers to the moved ones"""
+
+    @model_validator(mode="after")
+    def _one_fits_another(self):
+        if self.kind == "mixup" and self.noise is not None:
+            raise ValueError(
+                f"expected noise null with kind 'mixup', got {self.noise}; pass kind 'noise'"
+            )
+        if self.teacher == CLASSES and self.shift:
+            raise ValueError(
+                f"expected shift 0 with teacher {CLASSES!r}, which answers nothing, got "
+                f"{self.shift}; pass 0, or another teacher"
+            )
+        return self
 
 
 class RobustFeatures(Section):

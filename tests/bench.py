@@ -190,7 +190,7 @@ def operations(work, pixels):
 
 def peak_gb():
     """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux has KiB
 
 
 def memory_gb():

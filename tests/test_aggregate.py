@@ -42,6 +42,21 @@ def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tm
     assert (name, again.teacher) == ("relabelled", "fc2 + attacked")
 
 
+def test_without_a_teacher_attacked_images_keep_their_classes(digits, splits, tmp_path):
+    """The control: what the attacked images alone are worth."""
+    e = changed(SMALL, relabelling__teacher="classes")
+    found = load(e, splits, digits, tmp_path)
+    first, made = found["noisy"], found["relabelled"]
+    n = len(first.x)
+    assert (len(made.x), made.teacher) == (2 * n, "classes + attacked")
+    np.testing.assert_array_equal(made.x[:n], first.x)
+    np.testing.assert_array_equal(made.y, np.concatenate([first.y, first.y[0::2], first.y[1::2]]))
+    bases = np.concatenate([first.x[0::2], first.x[1::2]])
+    moved = np.abs(made.x[n:] - bases)
+    assert moved.max() <= e.threat.epsilon + 0.5 / 255 + 1e-6
+    assert moved.mean() > e.threat.epsilon / 4
+
+
 def test_no_rounds_change_nothing(digits, splits, tmp_path):
     e = changed(SMALL, relabelling__rounds=0)
     found = load(e, splits, digits, tmp_path)
@@ -131,5 +146,13 @@ def test_an_attack_goes_towards_one_of_the_next_classes(dtype):
     assert set(reached) == set(range(aggregate.RIVALS))
     np.testing.assert_array_equal(aggregate.attacked(linear, x, y, recipe=recipe, seed=3), found)
     assert (aggregate.attacked(linear, x, y, recipe=recipe, seed=4) != found).any()
+    classes = np.eye(10, dtype="float32")[np.full(60, 7)]  # the others are equal; ranked by logits
+    found = aggregate.attacked(linear, x, classes, recipe=recipe, seed=3)
+    ranked = nets.to_numpy(linear(nets.to_tensor(x[:1])))[0].argsort()[::-1]
+    rivals = [one for one in ranked if one != 7][: aggregate.RIVALS]
+    best_of = 0.5 + 0.1 * np.sign(weights[rivals] - weights[7]).reshape(-1, 4, 4, 1)
+    errors = np.abs(found[:, None] - best_of[None]).reshape(60, len(rivals), -1).mean(2)
+    assert errors.min(1).max() < (1e-6 if dtype == "float32" else 0.02)
+    assert len(set(errors.argmin(1))) == len(rivals)
     two = aggregate.attacked(linear, x, y[:, :2], recipe=recipe, seed=3)  # there is one rival
     np.testing.assert_allclose(two, np.broadcast_to(best[0], two.shape), atol=1e-6)

@@ -33,8 +33,7 @@ from advkip import (
 )
 from advkip.attack_names import Attack
 from advkip.config import Experiment, schema
-from advkip.method_settings import ADVERSARIAL
-from advkip.settings import is_path
+from advkip.settings import TEACHERS, is_path
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.py"))
@@ -538,7 +537,7 @@ def drawn_set(e, dataset, path):
 
 def teacher(e, dataset, folder):
     """A set in place of the file's teacher, which is of the same images."""
-    if (path := e.relabelling.teacher) in (None, ADVERSARIAL):
+    if (path := e.relabelling.teacher) in (None, *TEACHERS):
         return path
     theirs, own = (
         Experiment.from_file(ROOT / "params" / f"{name}.yaml")

@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from advkip import data, nets, preflight, recipe, relabel, search, sets, training
+from advkip import (
+    data,
+    distill,
+    kernels,
+    krr,
+    nets,
+    preflight,
+    recipe,
+    relabel,
+    search,
+    sets,
+    training,
+)
 from advkip.config import Experiment, sections
 from tests.sections import SMALL_SETS, changed, experiment
 
@@ -85,8 +97,10 @@ def test_a_relabelled_set_needs_a_teacher():
         Experiment.from_params(settings | {"adv_kip": None})
     Experiment.from_params(settings)
     Experiment.from_params(settings | {"adv_kip": None, "relabelling": {"teacher": "x.npz"}})
-    with pytest.raises(ValueError, match="expected relabelling.noise null with relabelling.kind"):
+    with pytest.raises(ValueError, match=r"relabelling: .*expected noise null with kind 'mixup'"):
         Experiment.from_params({"relabelling": {"kind": "mixup", "noise": 0.1}})
+    with pytest.raises(ValueError, match=r"relabelling: .*expected shift 0 with teacher 'classes'"):
+        Experiment.from_params({"relabelling": {"teacher": "classes", "shift": 1}})
     for name in ("x.npz", "adv-kip"):  # which is no name here
         e = Experiment.from_params(settings | {"relabelling": {"teacher": name}})
         with pytest.raises(ValueError, match=f"got '{name}', which is not there"):
@@ -115,6 +129,21 @@ def test_an_adversarially_trained_network_may_answer(digits, splits, tmp_path):
     bare = changed(SMALL, relabelling__teacher="adversarial", adversarial_training=None)
     with pytest.raises(ValueError, match="expected adversarial_training with nets, of which"):
         sets.load(["relabelled"], bare, splits, digits, tmp_path)
+
+
+def test_original_images_answer_for_comparison(digits, splits, tmp_path):
+    e = changed(
+        SMALL, notebooks=["02_transfer"], adv_kip=None, networks__sets=["relabelled"],
+        relabelling__teacher="original",
+    )  # fmt: skip
+    preflight.check(e)
+    made = sets.load(["relabelled"], e, splits, digits, tmp_path)["relabelled"]
+    machine = sets.machine(data.TrainingSet(*distill.initial_support(e, splits), e.kernel), e)
+    answers = np.asarray(machine(made.x))
+    np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(made.x, data.draw_original(e, splits).x)
+    assert made.teacher == "original fc2"
+    assert sets.from_path(tmp_path / "relabelled.npz")[1].teacher == "original fc2"
 
 
 def test_such_a_network_is_asked_for_by_name_and_needs_its_settings():
