@@ -53,7 +53,7 @@ test: install  ## ruff, mypy, pytest, the notebooks on their small defaults, the
 coverage: install  ## which lines of the package no test runs
 	$(BIN)/python -m pytest -n 3 --dist loadfile --cov=advkip --cov-report=term-missing:skip-covered
 
-bench: install  ## the engine against neural_tangents references
+bench: install  ## the engine against neural_tangents references: 13 minutes
 	$(BIN)/python -m tests.bench
 
 bench-threads: install  ## threads that sleep against threads that spin: eleven minutes

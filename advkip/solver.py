@@ -31,7 +31,8 @@ from advkip.kernel import Kernel
 
 KEPT = 12_000
 """Supports of fewer images are factorised at each step, which takes no longer than iterations do.
-At 5,000 a step is a third slower with an old factor (`make bench`)."""
+At 5,000 a step is a quarter slower with an old factor (`make bench`), at 30,000 half as long; where
+the two meet was not measured."""
 
 ROWS_PER_ITERATION = 500
 """S over this is how many iterations cost a factorisation: S^3 / 3 operations at the rate of large

@@ -7,8 +7,6 @@ import torch
 from advkip import (
     data,
     distill,
-    kernels,
-    krr,
     nets,
     preflight,
     recipe,
