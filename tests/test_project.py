@@ -222,7 +222,7 @@ IMPORTS = {
         "settings",
     },
     "records": {"config", "files", "preflight"},
-    "tables": {"attack_names", "config", "records"},
+    "tables": {"attack_names", "config", "method_settings", "records"},
     "ablation": {"tables"},
     "texts": {"ablation", "records", "tables"},
     "report": {"grid", "records", "tables"},
