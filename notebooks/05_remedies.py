@@ -436,8 +436,10 @@ if left:
 # With `relabelling.rounds` a scout, a network of the same training, is attacked and the attacked
 # images join the set, labelled by the machine as well, so that it also says what the machine
 # answers where networks err (`advkip.aggregate`). Put `relabelled` among `networks.sets` in
-# notebooks 2 to 4. The network of a kernel of pieces is named like it: `fc1-256-ntk0.1-pieces3`,
-# and `fc3-1024-pieces3` of the usual kind.
+# notebooks 2 to 4. Are the attacked images what helps, or the answers? With `relabelling.teacher`
+# 'classes' the images that were attacked keep their classes, and with 'original' the machine of as
+# many original images answers (`params/mnist-pieces-controls.yaml`). The network of a kernel of
+# pieces is named like it: `fc1-256-ntk0.1-pieces3`, and `fc3-1024-pieces3` of the usual kind.
 #
 # One can also leave out the kernel. The set `unrolled` (`advkip.unrolled`, and for a run of it
 # `params/digits-unrolled.yaml`) comes from Algorithm 1 with a finite network in its place: in each

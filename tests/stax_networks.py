@@ -1,5 +1,6 @@
 """The paper's networks in neural_tangents, which our kernels are measured against."""
 
+import jax
 import jax.numpy as jnp
 
 from advkip import kernels
@@ -34,3 +35,21 @@ def in_pieces(kernel_fn, n):
         return jnp.concatenate([a - b for a, b in zip(ramps[:-1], ramps[1:], strict=True)], -1)
 
     return lambda x, s, get: kernel_fn(cut(x), cut(s), get)
+
+
+def with_pullback(function, w, *arguments):
+    """(function(*arguments), what w pulls back to each argument), compiled as one program.
+
+    JAX would compile each operation for itself, which takes far longer than they do.
+    """
+    return jax.jit(lambda w, *arguments: _pulled(jax.vjp(function, *arguments), w))(w, *arguments)
+
+
+def own_pullback(kernel, w, x, s):
+    """The same by the kernel's own `value_and_pullback`."""
+    return jax.jit(lambda w, x, s: _pulled(kernel.value_and_pullback(x, s), w))(w, x, s)
+
+
+def _pulled(pair, w):
+    value, pull = pair
+    return value, pull(w)

@@ -21,6 +21,7 @@ from advkip import (
 from tests.sections import experiment
 from tests.stax_networks import convolutional as stax_conv
 from tests.stax_networks import fully_connected as stax_fc
+from tests.stax_networks import own_pullback, with_pullback
 
 SHAPE = (5, 5, 2)
 
@@ -88,12 +89,11 @@ def test_pullback_equals_autodiff_through_neural_tangents(rng, name):
     x, s, w = images(rng, 5), images(rng, 7), jnp.asarray(rng.normal(size=(5, 7)))
     kernel = kernels.by_name(name)
     kernel_fn = stax_conv(int(name[4:])) if name[:4] == "conv" else stax_fc(int(name[2:]))
-    theirs, pull = jax.vjp(jax.jit(lambda x, s: kernel_fn(x, s, "ntk")), x, s)
-    expected = pull(w)
-    k, pullback = kernel.value_and_pullback(x, s)
+    theirs, expected = with_pullback(lambda x, s: kernel_fn(x, s, "ntk"), w, x, s)
+    k, found = own_pullback(kernel, w, x, s)
     np.testing.assert_allclose(k, theirs, rtol=1e-10)
     np.testing.assert_allclose(kernel(x, s), k, rtol=1e-12)
-    for ours, other in zip(pullback(w), expected, strict=True):
+    for ours, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-6, atol=1e-9)
 
 
@@ -106,17 +106,18 @@ def test_mirrored(rng, name):
         sides = [(a, b) for a in (x, x[:, :, ::-1]) for b in (s, s[:, :, ::-1])]
         return sum(plain(a, b) for a, b in sides) / 4
 
-    expected, pull = jax.vjp(mean_over_sides, x, s)
-    k, pullback = kernel.value_and_pullback(x, s)
+    expected, pulled = with_pullback(mean_over_sides, w, x, s)
+    k, found = own_pullback(kernel, w, x, s)
     np.testing.assert_allclose(k, expected, rtol=1e-12)
-    np.testing.assert_allclose(kernel(x[:, :, ::-1], s), k, rtol=1e-12)
-    for ours, other in zip(pullback(w), pull(w), strict=True):
+    np.testing.assert_allclose(jax.jit(kernel)(x[:, :, ::-1], s), k, rtol=1e-12)
+    for ours, other in zip(found, pulled, strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-9, atol=1e-12)
-    diagonal, pull_diagonal = jax.vjp(kernel.diagonal, x)
-    np.testing.assert_allclose(diagonal, jnp.diag(mean_over_sides(x, x)), rtol=1e-7)
     h, direction, v = 1e-5, jnp.asarray(rng.normal(size=x.shape)), w[:, 0]
-    ends = [(kernel.diagonal(x + sign * h * direction) * v).sum() for sign in (1, -1)]
-    slope = (pull_diagonal(v)[0] * direction).sum()
+    diagonal, (slopes,) = with_pullback(kernel.diagonal, v, x)
+    np.testing.assert_allclose(diagonal, jnp.diag(jax.jit(mean_over_sides)(x, x)), rtol=1e-7)
+    of_kernel = jax.jit(kernel.diagonal)
+    ends = [(of_kernel(x + sign * h * direction) * v).sum() for sign in (1, -1)]
+    slope = (slopes * direction).sum()
     np.testing.assert_allclose(slope, (ends[0] - ends[1]) / (2 * h), rtol=1e-6)
 
 
@@ -220,11 +221,11 @@ def test_convolutional_on_colour_images_of_both_signs(rng, W_std, b_std):
     """Not square, three channels, more pairs than one tile has; the pixels include zeros."""
     x, s = (jnp.asarray(rng.normal(size=(n, 5, 6, 3))).at[0, :3].set(0) for n in (3, 130))
     kernel, theirs = kernels.by_name("conv2", W_std=W_std, b_std=b_std), stax_conv(2, W_std, b_std)
-    values, pull = jax.vjp(jax.jit(lambda x, s: theirs(x, s, "ntk")), x, s)
-    np.testing.assert_allclose(kernel(x, s), values, rtol=1e-9, atol=1e-12)
     w = jnp.asarray(rng.normal(size=(3, 130)))
+    values, pulled = with_pullback(lambda x, s: theirs(x, s, "ntk"), w, x, s)
+    np.testing.assert_allclose(jax.jit(kernel)(x, s), values, rtol=1e-9, atol=1e-12)
     # Without biases the empty 3x3 patches make neural_tangents' derivative NaN, ours is zero.
-    for ours, other in zip(kernel.value_and_pullback(x, s)[1](w), pull(w), strict=True):
+    for ours, other in zip(own_pullback(kernel, w, x, s)[1], pulled, strict=True):
         assert jnp.isfinite(ours).all()
         known = jnp.isfinite(other)
         np.testing.assert_allclose(ours[known], other[known], rtol=1e-6, atol=1e-9)
@@ -240,11 +241,11 @@ def test_convolutional_float32_is_as_good_as_neural_tangents(rng):
     x, s, w = images(rng, 4), images(rng, 6), jnp.asarray(rng.normal(size=(4, 6)))
 
     def values(kernel_fn, dtype):
-        k, pull = jax.vjp(lambda x: kernel_fn(x, s.astype(dtype)), x.astype(dtype))
-        return k, pull(w.astype(dtype))[0]
+        k, pulled = with_pullback(kernel_fn, *(a.astype(dtype) for a in (w, x, s)))
+        return k, pulled[0]
 
     theirs = stax_conv(3)
-    exact = values(jax.jit(lambda x, s: theirs(x, s, "ntk")), "float64")
+    exact = values(lambda x, s: theirs(x, s, "ntk"), "float64")
     with jax.enable_x64(False):
         x, s, w = (jnp.asarray(np.asarray(a), "float32") for a in (x, s, w))
         ours = values(kernels.by_name("conv3"), "float32")
@@ -282,12 +283,11 @@ def plain_convolutional(x, s, depth, W_std, b_std):
 def test_the_reverse_pass_equals_autodiff(rng, depth, n, m, shape):
     x, s = (jnp.asarray(rng.normal(size=(k, *shape))) for k in (n, m))
     w, variances = jnp.asarray(rng.normal(size=(n, m))), (1.3, 0.2)
-    plain = jax.jit(lambda x, s: plain_convolutional(x, s, depth, *variances))
-    expected, pull = jax.vjp(plain, x, s)
-    kernel = convolutional.Convolutional(depth, *variances)
-    k, pullback = jax.jit(lambda x, s: kernel.value_and_pullback(x, s))(x, s)
+    plain = lambda x, s: plain_convolutional(x, s, depth, *variances)  # noqa: E731
+    expected, pulled = with_pullback(plain, w, x, s)
+    k, found = own_pullback(convolutional.Convolutional(depth, *variances), w, x, s)
     np.testing.assert_allclose(k, expected, rtol=1e-11)
-    for ours, theirs in zip(jax.jit(pullback)(w), pull(w), strict=True):
+    for ours, theirs in zip(found, pulled, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
@@ -311,17 +311,17 @@ def never_read(monkeypatch):
 def test_tiles_and_blocks_never_change_the_result(rng, monkeypatch, chains, floats):
     x, s = (jnp.asarray(rng.normal(size=(n, 4, 3, 1))) for n in (2, 150))
     w = jnp.asarray(rng.normal(size=(2, 150)))
-    plain = jax.jit(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1))
-    expected, pull = jax.vjp(plain, x, s)
+    plain = lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1)  # noqa: E731
+    expected, pulled = with_pullback(plain, w, x, s)
     monkeypatch.setattr(convolutional, "CPU_CHAINS", chains)
     monkeypatch.setattr(convolutional, "CPU_SMALL", 0)
     monkeypatch.setattr(convolutional.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(convolutional, "CPU_ELEMENTS", 12 * 16 * 2)
     monkeypatch.setattr(convolutional, "tile_floats", lambda: floats)
     kernel = convolutional.Convolutional(2, 1.0, 0.1)
-    k, pullback = kernel.value_and_pullback(x, s)
+    k, found = own_pullback(kernel, w, x, s)
     np.testing.assert_allclose(k, expected, rtol=1e-11)
-    for ours, theirs in zip(pullback(w), pull(w), strict=True):
+    for ours, theirs in zip(found, pulled, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
@@ -330,14 +330,15 @@ def test_tiles_and_blocks_never_change_the_result(rng, monkeypatch, chains, floa
 def test_an_accelerator_has_many_images_at_once(rng, monkeypatch, n, floats):
     x, s = (jnp.asarray(rng.normal(size=(k, 4, 3, 1))) for k in (n, 30))
     w = jnp.asarray(rng.normal(size=(n, 30)))
-    expected, pull = jax.vjp(lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1), x, s)
+    plain = lambda x, s: plain_convolutional(x, s, 2, 1.0, 0.1)  # noqa: E731
+    expected, pulled = with_pullback(plain, w, x, s)
     monkeypatch.setattr(convolutional, "_on_cpu", lambda: False)
     monkeypatch.setattr(convolutional, "tile_floats", lambda: floats)
     kernel = convolutional.Convolutional(2, 1.0, 0.1)
     assert convolutional._Size.of(kernel, x, s).at_once == {7: 2, 5: 1}[n]
-    k, pullback = kernel.value_and_pullback(x, s)
+    k, found = own_pullback(kernel, w, x, s)
     np.testing.assert_allclose(k, expected, rtol=1e-11)
-    for ours, theirs in zip(pullback(w), pull(w), strict=True):
+    for ours, theirs in zip(found, pulled, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-12)
 
 
