@@ -264,12 +264,14 @@ def cell(value, digits: int = 2) -> str:
 
 
 IN_PIECES = "relabelled fc7-pieces3 + attacked"
+WITH_CLASSES = "relabelled classes + attacked"
 SUMMARY = (
     ("kernel:fc3", "original"), ("kernel:fc3", "adv-kip"), ("kernel:fc1-mirror", "adv-kip"),
     ("kernel:fc7-pieces3", "adv-kip"), ("fc3-1024", "original"), ("fc3-1024", "adv-kip fc3"),
     ("fc3-1024", "relabelled fc1"), ("fc3-1024", "relabelled fc1 + attacked"),
-    ("fc3-1024-pieces3", "original"), ("fc3-1024-pieces3", IN_PIECES), ("simple-cnn", "original"),
-    ("simple-cnn", "adv-kip fc3"), ("simple-cnn", IN_PIECES), ("simple-cnn", ADVERSARIAL),
+    ("fc3-1024", WITH_CLASSES), ("fc3-1024-pieces3", "original"), ("fc3-1024-pieces3", IN_PIECES),
+    ("fc3-1024-pieces3", WITH_CLASSES), ("simple-cnn", "original"), ("simple-cnn", "adv-kip fc3"),
+    ("simple-cnn", IN_PIECES), ("simple-cnn", ADVERSARIAL),
     ("simple-cnn", "adv-kip fc3, adversarial training"),
 )  # fmt: skip
 """(model, what it was trained on) of the lines of `summary`."""
