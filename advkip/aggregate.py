@@ -117,10 +117,8 @@ def attacked(net, x, y, *, recipe: Recipe, seed) -> np.ndarray:
       seed: of the starts and of the classes.
     """
     generator = torch.Generator().manual_seed(seed)
-    likely = torch.as_tensor(relabel.answers(net, x)[:, : y.shape[1]])
-    order = likely.argsort(dim=1, descending=True, stable=True)
-    labels = torch.as_tensor(y).gather(1, order)
-    order = order.gather(1, labels.argsort(dim=1, descending=True, stable=True))
+    logits = relabel.answers(net, x)[:, : y.shape[1]]
+    order = torch.as_tensor(np.lexsort((-logits, -y)))  # by labels, then by logits
     rank = torch.randint(1, min(RIVALS + 1, y.shape[1]), (len(y), 1), generator=generator)
     top, aim = order[:, 0], order.gather(1, rank)[:, 0]
     size, parts = nets.batch_size(net, x.shape[1:]), []

@@ -21,7 +21,7 @@ to 8 kB an image for conjugate gradients; tiles and programs. In float32, in byt
     4 S^2 + 36 S D + 8 T D + 8,000 S + 1e9 (on accelerators tiles take 1/32 of the memory more)
 
 which is 5.7 GB at S 30,000, D 784 and 12.2 GB at S 40,000, D 3,072; measured, with T 2,000, were
-5.8 and 12.1 (reports/benchmarks). With T = S / 4 and a tenth of the memory to spare,
+5.8 and 12.1 (reports/benchmarks, 2 % low). With T = S / 4 and a tenth of the memory to spare,
 
     memory        8 GB   12 GB   16 GB   24 GB   40 GB    80 GB
     D = 784     35,000  45,000  53,000  67,000  89,000  128,500

@@ -297,11 +297,12 @@ class Relabelling(Section):
     def _one_fits_another(self):
         if self.kind == "mixup" and self.noise is not None:
             raise ValueError(
-                f"expected noise null with kind 'mixup', got {self.noise}; pass kind 'noise'"
+                "expected relabelling.noise null with relabelling.kind 'mixup', got "
+                f"{self.noise}; pass kind 'noise'"
             )
         if self.teacher == CLASSES and self.shift:
             raise ValueError(
-                f"expected shift 0 with teacher {CLASSES!r}, which answers nothing, got "
+                f"expected relabelling.shift 0 with relabelling.teacher {CLASSES!r}, got "
                 f"{self.shift}; pass 0, or another teacher"
             )
         return self

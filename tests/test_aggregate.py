@@ -19,6 +19,14 @@ def load(e, splits, digits, folder):
     return sets.load(["noisy", "relabelled", "adv-kip"], e, splits, digits, folder)
 
 
+def check_attacked(first, made):
+    """Those behind the first are within the ball around these, and not next to them."""
+    bases = np.concatenate([first.x[0::2], first.x[1::2]])
+    moved = np.abs(made.x[len(first.x) :] - bases)
+    assert moved.max() <= SMALL.threat.epsilon + 0.5 / 255 + 1e-6
+    assert moved.mean() > SMALL.threat.epsilon / 4
+
+
 def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tmp_path):
     x = np.round(splits.x_pool * 255).astype("float32") / np.float32(255)
     splits = splits._replace(x_pool=x)
@@ -29,10 +37,7 @@ def test_attacked_images_follow_with_the_machines_own_answers(digits, splits, tm
     assert made.teacher == "fc2 + attacked"
     assert made.x.dtype == made.y.dtype == np.float32
     np.testing.assert_array_equal(made.x[:n], first.x)
-    bases = np.concatenate([first.x[0::2], first.x[1::2]])
-    moved = np.abs(made.x[n:] - bases)
-    assert moved.max() <= SMALL.threat.epsilon + 0.5 / 255 + 1e-6
-    assert moved.mean() > SMALL.threat.epsilon / 4
+    check_attacked(first, made)
     assert inputs.as_eight_bit(made.x) is not None
     answers = np.asarray(sets.machine(found["adv-kip"], SMALL)(made.x))
     np.testing.assert_allclose(made.y / made.y.std(), answers / answers.std(), rtol=1e-3, atol=1e-4)
@@ -51,10 +56,7 @@ def test_without_a_teacher_attacked_images_keep_their_classes(digits, splits, tm
     assert (len(made.x), made.teacher) == (2 * n, "classes + attacked")
     np.testing.assert_array_equal(made.x[:n], first.x)
     np.testing.assert_array_equal(made.y, np.concatenate([first.y, first.y[0::2], first.y[1::2]]))
-    bases = np.concatenate([first.x[0::2], first.x[1::2]])
-    moved = np.abs(made.x[n:] - bases)
-    assert moved.max() <= e.threat.epsilon + 0.5 / 255 + 1e-6
-    assert moved.mean() > e.threat.epsilon / 4
+    check_attacked(first, made)
 
 
 def test_no_rounds_change_nothing(digits, splits, tmp_path):
